@@ -1,0 +1,30 @@
+# Needs Python >= 3.11 and make, nothing else: .venv is made when missing, and again installed into when
+# pyproject.toml has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint sweep clean
+
+demo: $(READY)
+	$(BIN)/python demo.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not sweep"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sweep: $(READY)
+	$(BIN)/python -m pytest -m sweep
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache build *.egg-info
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python >= 3.11 is needed; choose one with: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,plot,dev]"
+	touch $@
