@@ -1,0 +1,1 @@
+"""DiTAC, a trainable activation, for timm."""
