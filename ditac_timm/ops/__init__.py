@@ -1,0 +1,134 @@
+"""Two operators, `ditac::tabulate` and `ditac::lookup`, with their gradients, for eager mode, torch.compile and export.
+
+`tabulate` turns knot velocities into a table of the whole activation by the closed form; `lookup` interpolates in it.
+They are chained by plain autograd: the gradient of theta is a sum over the table's bins and one vector-Jacobian
+product. The kernels here are `reference.py`'s; a faster one registers itself under its device's dispatch key.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["lookup", "tabulate"]
+
+_TABLE = "str version, float[] domain, int bins"
+torch.library.define("ditac::tabulate", f"(Tensor velocities, {_TABLE}) -> Tensor")
+torch.library.define("ditac::tabulate_backward", f"(Tensor grad, Tensor velocities, {_TABLE}) -> Tensor")
+torch.library.define("ditac::lookup", f"(Tensor x, Tensor table, {_TABLE}) -> Tensor")
+torch.library.define(
+    "ditac::lookup_backward",
+    f"(Tensor grad, Tensor x, Tensor table, {_TABLE}, bool need_x, bool need_table) -> (Tensor, Tensor)",
+)
+
+for _name in ("tabulate", "tabulate_backward", "lookup", "lookup_backward"):
+    torch.library.impl(f"ditac::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+
+
+def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
+    """Tabulate an activation.
+
+    Args:
+        velocities: `(cells + 1,)`, float32 or float64, the field at the knots of the domain.
+        version: "ditac", "ge", "leaky" or "inf".
+        domain: `(a, b)`.
+        bins: Number of bins on the domain, a multiple of the number of cells.
+
+    Returns:
+        `(2, nodes)` of velocities' dtype: values and derivatives, see `reference.py`.
+
+    Raises:
+        ValueError: An argument does not fit.
+    """
+    cells = velocities.shape[-1] - 1
+    if velocities.ndim != 1 or cells < 1 or velocities.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            "velocities must have the shape (cells + 1,) with cells >= 1 and be float32 or float64, "
+            f"but has {tuple(velocities.shape)} and is {velocities.dtype}."
+        )
+    if version not in reference.VERSIONS:
+        raise ValueError(f"version must be one of {', '.join(reference.VERSIONS)}, but is {version!r}.")
+    if bins < cells or bins % cells:
+        raise ValueError(f"bins must be a positive multiple of the {cells} cells, but is {bins}.")
+    return torch.ops.ditac.tabulate.default(velocities, version, domain, bins)
+
+
+def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
+    """Interpolate linearly in a table made by `tabulate` with the same version, domain and bins.
+
+    Args:
+        x: Any shape and floating dtype.
+        table: `(2, nodes)`, float32 or float64.
+        version: As for `tabulate`.
+        domain: As for `tabulate`.
+        bins: As for `tabulate`.
+
+    Returns:
+        Tensor of x's shape and dtype, strides as `torch.empty_like(x)`, computed in table's dtype.
+
+    Raises:
+        TypeError: x is not floating.
+        ValueError: The table does not have the shape that version, domain and bins say.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, but is {x.dtype}.")
+    return torch.ops.ditac.lookup.default(x, table, version, domain, bins)
+
+
+@torch.library.register_fake("ditac::tabulate")
+def _(velocities, version, domain, bins):
+    return velocities.new_empty(2, reference.nodes(version, domain, bins))
+
+
+@torch.library.register_fake("ditac::tabulate_backward")
+def _(grad, velocities, version, domain, bins):
+    return torch.empty_like(velocities)
+
+
+@torch.library.register_fake("ditac::lookup")
+def _(x, table, version, domain, bins):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("ditac::lookup_backward")
+def _(grad, x, table, version, domain, bins, need_x, need_table):
+    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(table) if need_table else x.new_empty(0)
+
+
+def _save_tabulate(ctx, inputs, output):
+    velocities, *ctx.settings = inputs
+    ctx.save_for_backward(velocities)
+
+
+def _tabulate_backward(ctx, grad):
+    (velocities,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: once more in operators that have a derivative themselves
+        with torch.enable_grad():
+            table = reference.tabulate(velocities, *ctx.settings)
+            grad_velocities = torch.autograd.grad(table, velocities, grad, create_graph=True)[0]
+    else:
+        grad_velocities = torch.ops.ditac.tabulate_backward.default(grad, velocities, *ctx.settings)
+    return grad_velocities, None, None, None
+
+
+def _save_lookup(ctx, inputs, output):
+    x, table, *ctx.settings = inputs
+    ctx.save_for_backward(x, table)
+
+
+def _lookup_backward(ctx, grad):
+    x, table = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        grad_x, grad_table = reference.lookup_backward_differentiable(grad, x, table, *ctx.settings)
+    else:
+        grad_x, grad_table = torch.ops.ditac.lookup_backward.default(
+            grad, x, table, *ctx.settings, *ctx.needs_input_grad[:2]
+        )
+    needed = ctx.needs_input_grad
+    return grad_x if needed[0] else None, grad_table if needed[1] else None, None, None, None
+
+
+torch.library.register_autograd("ditac::tabulate", _tabulate_backward, setup_context=_save_tabulate)
+torch.library.register_autograd("ditac::lookup", _lookup_backward, setup_context=_save_lookup)
