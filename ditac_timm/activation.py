@@ -5,6 +5,7 @@ supplement, section C (equations 4 to 7).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,7 @@ class DiTAC(nn.Module):
         a, b = self.domain
         self.bins = self.cells * max(math.ceil((b - a) / self.cells / _BIN_WIDTH), _MIN_BINS_PER_CELL)
         self.theta = nn.Parameter(torch.empty(self.tessellation.dim, device=device, dtype=dtype))
+        self._start: tuple[float, ...] | None = None
         self._cache: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
@@ -92,12 +94,19 @@ class DiTAC(nn.Module):
         return self.tessellation.domain
 
     def reset_parameters(self) -> None:
-        """Initialise theta as `init` says."""
+        """Initialise theta as `init` says, or as `start_from` was told."""
         with torch.no_grad():
-            if self.init == "prior":
+            if self._start is not None:
+                self.theta.copy_(torch.tensor(self._start, dtype=self.theta.dtype, device="cpu"))
+            elif self.init == "prior":
                 self.theta.copy_(cpab.sample_prior(self.tessellation))
             else:
                 self.theta.zero_()
+
+    def start_from(self, theta: Sequence[float]) -> None:
+        """Set theta, now and whenever parameters are reset (a model built on the meta device has no values yet)."""
+        self._start = tuple(theta)
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -130,6 +139,9 @@ class DiTAC(nn.Module):
 
     def __getstate__(self):
         return {**self.__dict__, "_cache": None}
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError("torch.jit.script does not know DiTAC's operators; use torch.compile or torch.export.")
 
     @torch.no_grad()
     def curve(self, points: int | Tensor = 1001) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ Fields", IEEE TPAMI 2017; priors as in the official DiTAC and difw code. Tensors
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -252,7 +252,7 @@ class Tessellation:
         return _eager_velocity_matrix(self, like.dtype, like.device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _eager_velocity_matrix(tessellation: Tessellation, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
         return torch.tensor(tessellation._velocity_rows, dtype=dtype, device=device)
@@ -261,7 +261,7 @@ def _eager_velocity_matrix(tessellation: Tessellation, dtype: torch.dtype, devic
 # The constants are NumPy's, so that no torch mode (meta device, fake tensors, inference) can reach them.
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hat_functions(cells: int) -> np.ndarray:
     """H, `(2 cells, cells - 1)`: slope and intercept, in each cell of [0, 1], of each inner knot's hat function."""
     hats = np.zeros((2 * cells, cells - 1))
@@ -270,7 +270,7 @@ def _hat_functions(cells: int) -> np.ndarray:
     return hats
 
 
-@lru_cache(maxsize=None)
+@cache
 def _orthonormaliser(cells: int) -> np.ndarray:
     """`(H^T H)^(-1/2)`."""
     hats = _hat_functions(cells)
@@ -342,7 +342,7 @@ def smoothness_penalty(
     return (theta.unsqueeze(-1) * theta.unsqueeze(-2) * precision).sum((-2, -1))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _precision(cells: int, length_scale: float, variance: float) -> list[list[float]]:
     size = 2 * cells
     centres = np.linspace(-1, 1, size)

@@ -106,7 +106,7 @@ def _gelu_columns(x: Tensor) -> Tensor:
 
 
 class _Layout:
-    """Where a table's rows lie. A row is a bin; row 0 is all that is left of the first node, the last all right of it."""
+    """Where a table's rows lie. A row is a bin; row 0 is all that is left of the nodes, the last all right of them."""
 
     def __init__(self, table: Tensor, version: str, domain: Sequence[float], bins: int):
         self.left, self.right = pieces(version, domain, bins)
@@ -229,7 +229,10 @@ def _node_gradient(sums: Tensor, layout: _Layout, dtype: torch.dtype) -> Tensor:
     cuts = [layout.left, layout.bins, layout.right]
     pad = torch.nn.functional.pad
     values = torch.cat(
-        [pad(start, (0, 1)) + pad(end, (1, 0)) for start, end in zip(to_start.split(cuts), to_end.split(cuts))]
+        [
+            pad(start, (0, 1)) + pad(end, (1, 0))
+            for start, end in zip(to_start.split(cuts), to_end.split(cuts), strict=True)
+        ]
     )
     count = len(values)
     values = values + pad(total[:1], (0, count - 1)) + pad(total[-1:], (count - 1, 0))
