@@ -1,0 +1,232 @@
+"""DiTAC architectures in timm's registry: `ditac`, for any timm architecture as its base, and named variants of it.
+
+    timm.create_model("ditac", base="resnet50", pretrained=True)
+    timm.create_model("convnext_small_ditac", num_classes=50)
+
+The base's own timm entrypoint runs, with surgery right after the model's construction: before weights load and before
+features are wrapped, so checkpoint filters, adapters and `features_only` are the base's own.
+"""
+
+import contextlib
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models import model_entrypoint, register_model, split_model_name_tag
+from timm.models._manipulate import group_with_matcher
+from torch import nn
+
+from .activation import DiTAC
+from .surgery import SurgeryReport, operate, replace_activations
+
+__all__ = ["create_model"]  # register_model adds the architectures
+
+_logger = logging.getLogger(__name__)
+
+# A named variant: its base, and its arguments of `replace_activations`. For the MobileNets Hardswish only, as the
+# paper's count of operations (table 10) shows.
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mobilenetv3_ditac": ("mobilenetv3_small_100", {"types": ["Hardswish"]}),
+    "mobilenetv3_large_ditac": ("mobilenetv3_large_100", {"types": ["Hardswish"]}),
+    "convnext_tiny_ditac": ("convnext_tiny", {}),
+    "convnext_small_ditac": ("convnext_small", {}),
+    "resnet50_ditac": ("resnet50", {}),
+    "swin_tiny_ditac": ("swin_tiny_patch4_window7_224", {}),
+}
+
+
+def create_model(model_name: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    """`timm.create_model` that also takes `<architecture>_ditac` for any timm architecture.
+
+    Args:
+        model_name: Anything that timm takes (a name with or without a tag, `hf-hub:...`, `local-dir:...`), or a timm
+            name with `_ditac` behind the architecture (`resnet50_ditac`, `resnet50_ditac.a1_in1k`).
+        pretrained: Load weights: of the base, where no DiTAC weights are named.
+        **kwargs: As for `timm.create_model`.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: timm does not know the architecture.
+    """
+    if ":" not in model_name:
+        name, tag = split_model_name_tag(model_name)
+        base = name.removesuffix("_ditac")
+        if base != name and not timm.is_model(name) and timm.is_model(base):
+            return timm.create_model("ditac", pretrained, base=f"{base}.{tag}" if tag else base, **kwargs)
+    return timm.create_model(model_name, pretrained, **kwargs)
+
+
+@register_model
+def ditac(pretrained: bool = False, *, base: str = "", ditac: dict[str, Any] | None = None, **kwargs) -> nn.Module:
+    """Any timm architecture with DiTAC in the place of its activations.
+
+    Args:
+        pretrained: Load weights, by default the base's.
+        base: Name of a timm architecture, with or without a tag ("convnext_small.fb_in1k").
+        ditac: Arguments of `replace_activations`, in plain JSON types.
+        **kwargs: The base's.
+    """
+    if not base:
+        raise ValueError('Architecture ditac needs a base, as in timm.create_model("ditac", base="resnet50").')
+    return _build("ditac", base, ditac or {}, pretrained, **kwargs)
+
+
+def _register_variant(name: str, base: str, arguments: dict[str, Any]) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _build(name, base, arguments | kwargs.pop("ditac", {}), pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"{base} with DiTAC in the place of its {'Hardswish' if arguments else 'activations'}."
+    entrypoint.__module__ = __name__
+    globals()[name] = register_model(entrypoint)
+
+
+for _name, (_base, _arguments) in _VARIANTS.items():
+    _register_variant(_name, _base, _arguments)
+
+
+def _build(
+    architecture: str,
+    base: str,
+    arguments: Mapping[str, Any],
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    **kwargs,
+) -> nn.Module:
+    base, tag = split_model_name_tag(base)
+    if not timm.is_model(base):
+        raise RuntimeError(f"base must be the name of a timm architecture, but is {base!r}.")
+    if base == "ditac" or base in _VARIANTS:
+        raise RuntimeError(f"base must be a timm architecture without DiTAC, but is {base!r}.")
+    with _surgery_at_construction(arguments):
+        model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=pretrained_cfg or tag or None, **kwargs)
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": architecture}
+    model.default_cfg = model.pretrained_cfg
+    return model
+
+
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _surgery_at_construction(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """While this lasts, every model that timm's builder constructs gets its activations replaced at once.
+
+    Each of timm's model files holds the builder by name, and a base's entrypoint passes to it what only the base
+    knows (checkpoint filter, features, strictness), so the builder's name is exchanged in all of them.
+    """
+    builder = timm.models.build_model_with_cfg
+
+    def build(model_cls: Callable[..., nn.Module], *args, **kwargs) -> nn.Module:
+        return builder(functools.partial(_construct, model_cls, arguments), *args, **kwargs)
+
+    with _lock:
+        holders = [
+            module
+            for name, module in list(sys.modules.items())
+            if name.startswith("timm.models.") and getattr(module, "build_model_with_cfg", None) is builder
+        ]
+        try:
+            for module in holders:
+                module.build_model_with_cfg = build  # type: ignore[attr-defined]
+            yield
+        finally:
+            for module in holders:
+                module.build_model_with_cfg = builder  # type: ignore[attr-defined]
+
+
+def _construct(model_cls: Callable[..., nn.Module], arguments: Mapping[str, Any], **kwargs) -> nn.Module:
+    model = model_cls(**kwargs)
+    before = set(model.state_dict())
+    model.ditac_report = replace_activations(model, **arguments)  # type: ignore[assignment]
+    model.ditac_removed_keys = frozenset(before - set(model.state_dict()))  # type: ignore[assignment]
+    model.ditac_arguments = dict(arguments)  # type: ignore[assignment]
+    model.__class__ = _class_with_ditac(type(model))
+    return model
+
+
+class _WithDiTAC(nn.Module):
+    """What a model of the zoo adds to the base's class."""
+
+    ditac_report: SurgeryReport
+    ditac_arguments: dict[str, Any]
+    ditac_removed_keys: frozenset[str]
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """A base model's weights leave theta as it is; a DiTAC model's must have every theta, strict or not."""
+        thetas = {prefix + name: theta for name, theta in _thetas(self).items()}
+        missing = [key for key in thetas if key not in state_dict]
+        if len(missing) == len(thetas) and not any(key.endswith(".theta") for key in state_dict):
+            state_dict.update(thetas)
+            for name in self.ditac_removed_keys:  # weights of the activations replaced
+                state_dict.pop(prefix + name, None)
+            _logger.info(f"The checkpoint has no thetas: {len(thetas)} DiTAC activations stay as initialised.")
+        elif missing:
+            error_msgs.append(
+                f"The checkpoint lacks theta of {len(missing)} of the model's {len(thetas)} DiTAC activations "
+                f"(the first: {missing[0]}); it belongs to a model with other DiTAC settings."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def reset_classifier(self, *args, **kwargs):
+        super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
+        # MetaFormer's makes a new head, with an activation in it.
+        operate(self, **self.ditac_arguments)
+
+    def group_matcher(self, *args, **kwargs):
+        """The base's groups, and each theta in the group of the parameter that it stands beside."""
+        matcher = super().group_matcher(*args, **kwargs)  # type: ignore[misc]
+        beside = _neighbours(self)
+        of_base = [(name, parameter) for name, parameter in self.named_parameters() if name not in beside]
+        groups = group_with_matcher(of_base, matcher, reverse=True)
+        return lambda name: groups.get(beside.get(name, name), float("inf"))
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time, so a pickle names the base's.
+        return _blank, (type(self).__bases__[1],), self.__getstate__()
+
+
+@functools.cache
+def _class_with_ditac(base: type[nn.Module]) -> type[nn.Module]:
+    mixin = _WithDiTAC
+    if not hasattr(base, "group_matcher"):
+        mixin = type("_WithDiTAC", (_WithDiTAC,), {"group_matcher": None})
+    return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = _class_with_ditac(base)
+    return cls.__new__(cls)
+
+
+def _thetas(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.theta": module.theta.detach() for path, module in model.named_modules() if isinstance(module, DiTAC)
+    }
+
+
+def _neighbours(model: nn.Module) -> dict[str, str]:
+    """For each theta the base's parameter beside it: in the innermost module that has one, the one before, or after."""
+    thetas = _thetas(model)
+    names = [name for name, _ in model.named_parameters()]
+    neighbours = {}
+    for position, name in enumerate(names):
+        prefix = name if name in thetas else ""
+        while prefix:
+            prefix = prefix.rpartition(".")[0]
+            inside = [i for i, n in enumerate(names) if n not in thetas and n.startswith(prefix and f"{prefix}.")]
+            if inside:
+                neighbours[name] = names[max((i for i in inside if i < position), default=inside[0])]
+                break
+    return neighbours
