@@ -80,7 +80,7 @@ def audit_activations(model: nn.Module, input_size: Sequence[int] | None = None)
 
 
 def _meta_twin(model: nn.Module) -> nn.Module:
-    memo = {}
+    memo: dict[int, Tensor] = {}
     for module in model.modules():
         tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
         for tensor in tensors:
@@ -108,7 +108,7 @@ class _Recorder(TorchDispatchMode):
     def leave(self, *_) -> None:
         self.stack.pop()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0].rstrip("_")
         if name in _OPERATORS:
@@ -123,7 +123,7 @@ class _Recorder(TorchDispatchMode):
             x = id(args[0])
             self.mark(lambda key: self.sigmoids.update({key: {x, self.scaled.get(x, x)}}), out, args[0])
         elif name == "mul" and isinstance(out, Tensor):
-            self.multiply(*args[:2], out)
+            self.multiply(args[0], args[1], out)
         elif name == "maximum" and any(map(self.is_weight, args[:2])):
             self.record("maximum(x, threshold)")
         return out

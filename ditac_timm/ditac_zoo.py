@@ -184,25 +184,31 @@ class _WithDiTAC(nn.Module):
         # MetaFormer's makes a new head, with an activation in it.
         operate(self, **self.ditac_arguments)
 
-    def group_matcher(self, *args, **kwargs):
-        """The base's groups, and each theta in the group of the parameter that it stands beside."""
-        matcher = super().group_matcher(*args, **kwargs)  # type: ignore[misc]
-        beside = _neighbours(self)
-        of_base = [(name, parameter) for name, parameter in self.named_parameters() if name not in beside]
-        groups = group_with_matcher(of_base, matcher, reverse=True)
-        return lambda name: groups.get(beside.get(name, name), float("inf"))
-
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so a pickle names the base's.
         return _blank, (type(self).__bases__[1],), self.__getstate__()
 
 
-@functools.cache
+class _WithDiTACAndGroups(_WithDiTAC):
+    """The same, for a base that groups its parameters by layer."""
+
+    def group_matcher(self, *args, **kwargs):
+        """The base's groups, and each theta in the group of the parameter that it stands beside."""
+        matcher = super().group_matcher(*args, **kwargs)  # type: ignore[misc]
+        beside = _neighbours(self)
+        of_base = ((name, parameter) for name, parameter in self.named_parameters() if name not in beside)
+        groups = group_with_matcher(of_base, matcher, reverse=True)
+        return lambda name: groups.get(beside.get(name, name), float("inf"))
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _class_with_ditac(base: type[nn.Module]) -> type[nn.Module]:
-    mixin = _WithDiTAC
-    if not hasattr(base, "group_matcher"):
-        mixin = type("_WithDiTAC", (_WithDiTAC,), {"group_matcher": None})
-    return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    if base not in _classes:
+        mixin = _WithDiTACAndGroups if hasattr(base, "group_matcher") else _WithDiTAC
+        _classes[base] = type(base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    return _classes[base]
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

@@ -97,22 +97,21 @@ class SurgeryReport:
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
-        total = len(self.replaced) + len(self.skipped)
-        lines = [f"{self.model}: {len(self.replaced)} of {total} activations are DiTAC now ({settings})"]
-        rows = [("was", "role", "count", "rms error", "max error", "where")]
+        lines = [f"{self.model}: {len(self.replaced)} activations replaced by DiTAC ({settings})"]
+        rows: list[tuple[str, ...]] = [("was", "role", "count", "rms error", "max error", "where")]
         groups: dict[tuple, list[str]] = {}
         for path, old in self.replaced.items():
             fit = self.fits.get(path)
             errors = (f"{fit.rms:.1e}", f"{fit.max:.1e}") if fit else ("", "")
             groups.setdefault((old, self.roles[path], *errors), []).append(path)
-        for (old, role, *errors), paths in groups.items():
-            rows.append((old, role, str(len(paths)), *errors, _span(paths)))
+        for (old, role, rms, largest), paths in groups.items():
+            rows.append((old, role, str(len(paths)), rms, largest, _span(paths)))
         lines += _table(rows)
         if self.skipped:
             reasons: dict[str, list[str]] = {}
             for path, reason in self.skipped.items():
                 reasons.setdefault(reason, []).append(path)
-            lines.append("left as they were")
+            lines.append(f"{len(self.skipped)} left as they were")
             lines += _table([(str(len(paths)), reason, _span(paths)) for reason, paths in reasons.items()])
         if self.fits:
             lines.append("errors: new minus old activation, rms under a standard normal input, max over |x| <= 6")
@@ -414,6 +413,8 @@ class _Functional:
 
 
 # Modules that call an activation as a function.
-_FUNCTIONAL = {mobilevit.LinearSelfAttention: _Functional("relu", F.relu, LinearSelfAttention)}
+_FUNCTIONAL: dict[type[nn.Module], _Functional] = {
+    mobilevit.LinearSelfAttention: _Functional("relu", F.relu, LinearSelfAttention)
+}
 
 register_notrace_module(DiTAC)  # a leaf for timm's FX feature extraction
