@@ -48,7 +48,9 @@ def flow(x: Tensor, knot_velocities: Tensor, domain: tuple[float, float], time: 
     dtype = internal_dtype(x.device)
     velocities = (knot_velocities.to(dtype) * time).reshape(-1, knot_velocities.shape[-1])
     rows = x.to(dtype).reshape(velocities.shape[0], -1) if x.numel() else x.to(dtype).reshape(velocities.shape[0], 0)
-    y, _ = flow_with_slope(rows, velocities, domain)
+    finite = rows.isfinite()  # infinities stay, NaN stays, and neither spoils the gradient of the velocities
+    y, _ = flow_with_slope(torch.where(finite, rows, domain[0]), velocities, domain)
+    y = torch.where(finite, y, rows)
     return y.reshape(x.shape).to(x.dtype)
 
 
@@ -113,10 +115,10 @@ def flow_with_slope(x: Tensor, velocities: Tensor, domain: tuple[float, float]) 
     start = torch.where(exits, knots[entry_knot], x)
     start_velocity = torch.where(exits, velocities.gather(1, entry_knot), velocity)
     duration = torch.where(exits, direction * (end - clock.gather(1, entry_knot)), 1.0)
-    growth = slopes.gather(1, torch.where(exits, last, cell)) * duration
+    last_slope = slopes.gather(1, torch.where(exits, last, cell))
+    growth = last_slope * duration
     growth = growth.clamp(max=math.log(torch.finfo(x.dtype).max) - 1)  # 0 * inf at an unstable fixed point
-    y = start + start_velocity * duration * _expm1_ratio(growth)
-    y = torch.where(x.isinf(), x, y)
+    y = start + start_velocity * _integrated_growth(growth, duration, last_slope)
     slope = growth.exp() * torch.where(exits, start_velocity / torch.where(exits, velocity, 1.0), 1.0)
     return y, slope
 
@@ -132,14 +134,17 @@ def _crossing_time(distance: Tensor, speed: Tensor, exit_speed: Tensor) -> Tenso
     return distance * torch.where(near, 2 / total * series, logarithm / torch.where(near, 1.0, difference))
 
 
-def _expm1_ratio(z: Tensor) -> Tensor:
-    """`expm1(z) / z`, by a series near 0: no division by a slope is needed anywhere."""
-    near = z.abs() < 0.1
-    half = torch.where(near, z, 0.0) / 2
+def _integrated_growth(growth: Tensor, duration: Tensor, slope: Tensor) -> Tensor:
+    """Integral of `exp(slope * t)` over the duration, `growth = slope * duration`.
+
+    By a series where the growth is nearly 0, so no slope is too small. Elsewhere by `exp`: the derivative of torch's
+    `expm1` is 0 where `exp` is below rounding, and that error would be multiplied by one over a velocity.
+    """
+    near = growth.abs() < 0.1
+    half = torch.where(near, growth, 0.0) / 2
     square = half.square()
     series = half.exp() * (1 + square / 6 * (1 + square / 20 * (1 + square / 42 * (1 + square / 72))))  # sinh(h) / h
-    away = torch.where(near, 1.0, z)
-    return torch.where(near, series, away.expm1() / away)
+    return torch.where(near, duration * series, (growth.exp() - 1) / torch.where(near, 1.0, slope))
 
 
 def internal_dtype(device: torch.device) -> torch.dtype:
@@ -248,14 +253,17 @@ class Tessellation:
 
     def _velocity_matrix(self, like: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
-            return torch.tensor(self._velocity_rows, dtype=like.dtype, device=like.device)
+            return self._velocity_rows_on(like.dtype, like.device)
         return _eager_velocity_matrix(self, like.dtype, like.device)
+
+    def _velocity_rows_on(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.tensor(self._velocity_rows, dtype=dtype, device=device).reshape(self.dim, self.cells + 1)
 
 
 @cache
 def _eager_velocity_matrix(tessellation: Tessellation, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
-        return torch.tensor(tessellation._velocity_rows, dtype=dtype, device=device)
+        return tessellation._velocity_rows_on(dtype, device)
 
 
 # The constants are NumPy's, so that no torch mode (meta device, fake tensors, inference) can reach them.
@@ -310,7 +318,7 @@ def sample_prior(
     basis = _hat_functions(cells) @ _orthonormaliser(cells)
     factor = np.linalg.cholesky(basis.T @ covariance @ basis)
     normal = torch.randn(tessellation.dim, dtype=torch.float64, device="cpu", generator=generator)
-    return torch.tensor(factor.tolist(), dtype=torch.float64, device="cpu").reshape(len(factor), -1) @ normal
+    return torch.tensor(factor.tolist(), dtype=torch.float64, device="cpu").reshape(factor.shape) @ normal
 
 
 def smoothness_penalty(
@@ -338,7 +346,7 @@ def smoothness_penalty(
     if theta.ndim == 0 or theta.shape[-1] != tessellation.dim:
         raise ValueError(f"theta must have the shape (..., {tessellation.dim}), but has {tuple(theta.shape)}.")
     rows = _precision(tessellation.cells, length_scale, variance)
-    precision = torch.tensor(rows, dtype=theta.dtype, device=theta.device)
+    precision = torch.tensor(rows, dtype=theta.dtype, device=theta.device).reshape(tessellation.dim, tessellation.dim)
     return (theta.unsqueeze(-1) * theta.unsqueeze(-2) * precision).sum((-2, -1))
 
 
