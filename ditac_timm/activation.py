@@ -21,6 +21,7 @@ INITS = ("identity", "prior")
 # Width of a table's bins at most: GELU is then interpolated to within 6e-7. A cell has at least so many of them.
 _BIN_WIDTH = 1 / 400
 _MIN_BINS_PER_CELL = 16
+_MAX_NODES = 1_000_000
 
 
 class DiTAC(nn.Module):
@@ -78,8 +79,14 @@ class DiTAC(nn.Module):
             raise ValueError("cells must be at least 2: a single cell with its ends fixed has nothing to train.")
         if version == "ge" and self.domain[0] != 0:
             raise ValueError(f"the domain of version 'ge' must begin at 0, but is {self.domain}.")
+        if version == "leaky" and not self.domain[0] <= 0 <= self.domain[1]:
+            raise ValueError(f"the domain of version 'leaky' must contain 0, but is {self.domain}.")
         a, b = self.domain
         self.bins = self.cells * max(math.ceil((b - a) / self.cells / _BIN_WIDTH), _MIN_BINS_PER_CELL)
+        if reference.nodes(version, self.domain, self.bins) > _MAX_NODES:
+            raise ValueError(
+                f"cells={cells} on the domain {self.domain} need a table of more than {_MAX_NODES:,} nodes."
+            )
         self.theta = nn.Parameter(torch.empty(self.tessellation.dim, device=device, dtype=dtype))
         self._start: tuple[float, ...] | None = None
         self._cache: tuple[Tensor, Tensor] | None = None

@@ -9,8 +9,9 @@ Fields", IEEE TPAMI 2017; priors as in the official DiTAC and difw code. Tensors
 """
 
 import math
-from dataclasses import dataclass
-from functools import cache, cached_property
+import numbers
+from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -153,9 +154,12 @@ def internal_dtype(device: torch.device) -> torch.dtype:
 
 
 def _check_domain(domain: tuple[float, float]) -> None:
-    a, b = domain
+    try:
+        a, b = (float(end) for end in domain)
+    except (TypeError, ValueError):
+        a = b = math.nan
     if not (math.isfinite(a) and math.isfinite(b) and a < b):
-        raise ValueError(f"domain must be two finite numbers (a, b) with a < b, but is {tuple(domain)}.")
+        raise ValueError(f"domain must be two finite numbers (a, b) with a < b, but is {domain!r}.")
 
 
 def _check_flow_arguments(x: Tensor, knot_velocities: Tensor) -> None:
@@ -192,15 +196,19 @@ class Tessellation:
 
     cells: int = 10
     domain: tuple[float, float] = (-3.0, 3.0)
+    _velocity_rows: list[list[float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        if isinstance(self.cells, bool) or int(self.cells) != self.cells or self.cells < 1:
-            raise ValueError(f"cells must be a whole number >= 1, but is {self.cells}.")
-        if len(self.domain) != 2:
-            raise ValueError(f"domain must be two finite numbers (a, b) with a < b, but is {tuple(self.domain)}.")
+        if isinstance(self.cells, bool) or not isinstance(self.cells, numbers.Integral) or self.cells < 1:
+            raise ValueError(f"cells must be a whole number >= 1, but is {self.cells!r}.")
         _check_domain(self.domain)
         object.__setattr__(self, "cells", int(self.cells))
         object.__setattr__(self, "domain", (float(self.domain[0]), float(self.domain[1])))
+        # (dim, cells + 1): the knot velocities, in x's unit, of each basis field; hat functions' coefficients are the
+        # values at the inner knots. Made now: Dynamo cannot enter a cached_property's lock (Python 3.11).
+        width = self.domain[1] - self.domain[0]
+        rows = np.pad(width * _orthonormaliser(self.cells), ((0, 0), (1, 1))).tolist()
+        object.__setattr__(self, "_velocity_rows", rows)
 
     @property
     def dim(self) -> int:
@@ -224,13 +232,6 @@ class Tessellation:
             (_hat_functions(self.cells) @ _orthonormaliser(self.cells)).tolist(), device="cpu", dtype=torch.float64
         ).reshape(2 * self.cells, self.dim)
 
-    @cached_property
-    def _velocity_rows(self) -> list[list[float]]:
-        """`(dim, cells + 1)`: the knot velocities, in x's unit, of each basis field."""
-        # The coefficients of hat functions are the values at the inner knots.
-        width = self.domain[1] - self.domain[0]
-        return np.pad(width * _orthonormaliser(self.cells), ((0, 0), (1, 1))).tolist()
-
     def velocities(self, theta: Tensor) -> Tensor:
         """Knot velocities of the field with parameters `theta`, in x's unit per unit of time.
 
@@ -252,12 +253,17 @@ class Tessellation:
         return (theta.unsqueeze(-1) * self._velocity_matrix(theta)).sum(-2)
 
     def _velocity_matrix(self, like: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        if torch.compiler.is_compiling() or not plain_eager():
             return self._velocity_rows_on(like.dtype, like.device)
         return _eager_velocity_matrix(self, like.dtype, like.device)
 
     def _velocity_rows_on(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.tensor(self._velocity_rows, dtype=dtype, device=device).reshape(self.dim, self.cells + 1)
+
+
+def plain_eager() -> bool:
+    """Whether new tensors are ordinary, so may be kept: no mode or transform makes them fake or functional."""
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @cache

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import reference
 
@@ -52,6 +53,7 @@ def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: in
         raise ValueError(f"version must be one of {', '.join(reference.VERSIONS)}, but is {version!r}.")
     if bins < cells or bins % cells:
         raise ValueError(f"bins must be a positive multiple of the {cells} cells, but is {bins}.")
+    _refuse_forward_mode(velocities)
     return torch.ops.ditac.tabulate.default(velocities, version, domain, bins)
 
 
@@ -74,7 +76,14 @@ def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, but is {x.dtype}.")
+    _refuse_forward_mode(x, table)
     return torch.ops.ditac.lookup.default(x, table, version, domain, bins)
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """torch.library's autograd drops tangents without a word."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("DiTAC has no forward-mode derivative (jvp, jacfwd): use reverse mode.")
 
 
 @torch.library.register_fake("ditac::tabulate")

@@ -54,7 +54,8 @@ def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: in
     """
     a, b = domain
     dtype = cpab.internal_dtype(velocities.device)
-    grid, cdf, pdf, left, right = _fixed_nodes(version, a, b, bins, dtype, velocities.device)
+    fixed_nodes = _fixed_nodes if cpab.plain_eager() else _fixed_nodes.__wrapped__
+    grid, cdf, pdf, left, right = fixed_nodes(version, a, b, bins, dtype, velocities.device)
     flowed, slope = cpab.flow_with_slope(grid.unsqueeze(0), velocities.to(dtype).unsqueeze(0), (a, b))
     flowed, slope = flowed.squeeze(0), slope.squeeze(0)
     if version == "ditac":
@@ -67,7 +68,9 @@ def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: in
 
 def tabulate_backward(grad: Tensor, velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
     """Vector-Jacobian product of `tabulate`: of velocities' shape and dtype."""
-    with torch.enable_grad():
+    # Under a dispatch mode (FlopCounterMode, opcheck) a kernel runs with autograd excluded.
+    autograd_key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd_key, False), torch.enable_grad():
         velocities = velocities.detach().requires_grad_()
         table = tabulate(velocities, version, domain, bins)
         return torch.autograd.grad(table, velocities, grad)[0]
@@ -85,8 +88,8 @@ def _fixed_nodes(
         left = _gelu_columns(a + width * torch.arange(-left_bins, 1, dtype=dtype, device=device))
         right = _gelu_columns(b + width * torch.arange(right_bins + 1, dtype=dtype, device=device))
         if version == "leaky":
-            left = torch.tensor([[LEAKY_SLOPE * a if a < 0 else a], [LEAKY_SLOPE if a < 0 else 1.0]]).to(grid)
-            right = torch.tensor([[LEAKY_SLOPE * b if b < 0 else b], [LEAKY_SLOPE if b < 0 else 1.0]]).to(grid)
+            left = torch.tensor([[LEAKY_SLOPE * a], [LEAKY_SLOPE]], dtype=dtype, device=device)
+            right = torch.tensor([[b], [1.0]], dtype=dtype, device=device)
         else:  # GELU's limits, from where it has reached them
             left[:, 0] = 0.0
             right[0, -1], right[1, -1] = b + width * right_bins, 1.0
@@ -160,7 +163,7 @@ def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins
     layout = _Layout(table, version, domain, bins)
     lines = torch.view_as_complex(layout.lines(table, derivative=False))  # one gather moves both parts
     # Where the activation ends in 0, -inf times a slope of 0 would be NaN.
-    least = layout.low if version in ("ditac", "ge") else -math.inf
+    least = layout.low - layout.width if version in ("ditac", "ge") else -math.inf
     y = torch.empty_like(x)
     for (piece, out), (wide, position, row, line) in _chunks((x, y), table.dtype):
         torch.clamp(piece.to(table.dtype), min=least, out=wide)
@@ -287,5 +290,5 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _histogram(row: Tensor, weights: Tensor, rows: int) -> Tensor:
     if row.device.type == "cpu":
-        return torch.bincount(row, weights, rows)
+        return torch.bincount(row, weights.double(), rows)
     return torch.zeros(rows, dtype=weights.dtype, device=row.device).index_add_(0, row, weights)
