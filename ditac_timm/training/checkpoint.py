@@ -1,0 +1,260 @@
+"""Checkpoints: read with clear refusals, fitted to a model, written so that a crash leaves the previous one whole."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict, parse_model_name
+from timm.scheduler import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask
+from timm.utils import NativeScaler
+from torch import nn
+
+from ditac_timm.training.errors import RunError, UsageError
+
+_logger = logging.getLogger(__name__)
+
+LAST, BEST = "last.pth.tar", "model_best.pth.tar"
+
+
+def find_checkpoint(path: str, flag: str) -> Path:
+    """Return the file that a flag names: itself, or the last checkpoint of a run's folder."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / LAST
+        if not file.is_file():
+            raise UsageError(f"{flag} {path}: the folder holds no {LAST}")
+    if not file.is_file():
+        raise UsageError(f"{flag} {path} does not exist")
+    return file
+
+
+def read_checkpoint(file: Path, flag: str) -> dict[str, Any]:
+    """Read a checkpoint of ours, of timm's script, or bare weights, without running any code it may hold.
+
+    Returns:
+        At least `state_dict`, on the CPU and free of wrapper prefixes; what else a run's checkpoint holds is listed in
+        `train.py`.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            checkpoint: Any = load_file(file)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's script saves its flags as one
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{flag} {file} holds more than tensors and plain values, or is no checkpoint: "
+            "it is not loaded, because that could run code"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), "it ends too early")
+        raise UsageError(f"{flag} {file} is not a whole checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f"{flag} {file} holds no weights")
+    if "state_dict" not in checkpoint:
+        checkpoint = {"state_dict": checkpoint.get("model", checkpoint)}
+    for key in ("state_dict", "state_dict_ema"):
+        if key in checkpoint:
+            checkpoint[key] = clean_state_dict(checkpoint[key])
+    if not all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values()):
+        raise UsageError(f"{flag} {file} holds no weights")
+    return checkpoint
+
+
+def check_same_model(checkpoint: dict[str, Any], flag: str, name: str, arguments: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another architecture, or built with other arguments, than the flags ask for."""
+    saved = checkpoint.get("arch")
+    if saved and parse_model_name(name)[0] is None and _architecture(saved) != _architecture(name):
+        raise UsageError(f"{flag} is a checkpoint of {saved} and --model is {name}: give --model {saved}")
+    saved_arguments = checkpoint.get("model_args")
+    if saved_arguments is None:  # not ours: the weights themselves are compared when they are loaded
+        return
+    for key in sorted(saved_arguments.keys() | arguments.keys()):
+        was, asked = saved_arguments.get(key), arguments.get(key)
+        # As JSON, because a list and a tuple of the same numbers build the same model.
+        if json.dumps(was, default=str) != json.dumps(asked, default=str):
+            option = {"num_classes": "--num-classes", "in_chans": "--in-chans", "global_pool": "--gp"}.get(key, key)
+            raise UsageError(f"{flag} is a checkpoint with {option} {was}, not {asked}")
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], flag: str) -> None:
+    """Load weights that fit; refuse others, saying what does not fit. A base's weights fit its DiTAC model."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        own = model.state_dict()
+        problems = {
+            "missing": [name for name in own if name not in weights],
+            "unexpected": [name for name in weights if name not in own],
+            "of another shape": [name for name in own if name in weights and own[name].shape != weights[name].shape],
+        }
+        found = [f"{len(names)} {problem} (first: {names[0]})" for problem, names in problems.items() if names]
+        raise UsageError(f"{flag} does not fit --model and --num-classes, tensors are {', '.join(found)}") from error
+
+
+class CheckpointSaver:
+    """Writes `last`, the best, and the `max_history` best of a run, under timm's names.
+
+    `last.pth.tar` is replaced last, and is what a run resumes from: a crash before that moment repeats the epoch and
+    writes the others again.
+    """
+
+    def __init__(self, folder: Path, *, decreasing: bool, max_history: int) -> None:
+        """Start with nothing written.
+
+        Args:
+            folder: The run's folder, which exists.
+            decreasing: Whether a smaller metric is better.
+            max_history: Best checkpoints to keep as `checkpoint-EPOCH.pth.tar`.
+        """
+        self.folder = folder
+        self.decreasing = decreasing
+        self.max_history = max_history
+        self.best_metric: float | None = None
+        self.best_epoch: int | None = None
+        self.history: list[tuple[int, float]] = []  # (epoch, metric), best first
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the state that `save` put into a checkpoint of the same folder."""
+        state = checkpoint.get("saver", {})
+        self.best_metric, self.best_epoch = state.get("best_metric"), state.get("best_epoch")
+        history = [(epoch, metric) for epoch, metric in state.get("history", [])]
+        self.history = [entry for entry in history if self._file(entry[0]).is_file()]
+
+    def save(self, state: dict[str, Any], epoch: int, metric: float) -> None:
+        """Write the state of a run after an epoch.
+
+        Raises:
+            RunError: If the folder cannot be written. The checkpoints written before are whole.
+        """
+        is_best = math.isfinite(metric) and (self.best_metric is None or self._better(metric, self.best_metric))
+        if is_best:
+            self.best_metric, self.best_epoch = metric, epoch
+        ranked = sorted([*self.history, (epoch, metric)], key=lambda entry: entry[1], reverse=not self.decreasing)
+        self.history, dropped = ranked[: self.max_history], ranked[self.max_history :]
+        bookkeeping = {"best_metric": self.best_metric, "best_epoch": self.best_epoch, "history": self.history}
+        state = {**state, "epoch": epoch, "metric": metric, "saver": bookkeeping}
+        new = self.folder / "new.pth.tar"
+        with reported_write_errors(self.folder):
+            write_atomically(new, lambda file: torch.save(state, file))
+            if (epoch, metric) in self.history:
+                _link_atomically(new, self._file(epoch))
+            if is_best:
+                _link_atomically(new, self.folder / BEST)
+            os.replace(new, self.folder / LAST)
+            _sync_folder(self.folder)
+            for old, _ in dropped:
+                self._file(old).unlink(missing_ok=True)
+
+    def _better(self, metric: float, other: float) -> bool:
+        return metric < other if self.decreasing else metric > other
+
+    def _file(self, epoch: int) -> Path:
+        return self.folder / f"checkpoint-{epoch}.pth.tar"
+
+
+@contextmanager
+def reported_write_errors(path: Path) -> Iterator[None]:
+    """Turn a disk that is full or not writable into one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer may hide the former in the latter
+        raise RunError(f"cannot write to {path}, what was there before is whole: {error}") from error
+
+
+def training_state(
+    task: ClassificationTask,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None,
+    loss_scaler: NativeScaler | None,
+) -> dict[str, Any]:
+    """What a checkpoint holds that changes while training."""
+    state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True), "optimizer": optimizer.state_dict()}
+    if loss_scaler is not None:
+        state[loss_scaler.state_dict_key] = loss_scaler.state_dict()
+    if isinstance(scheduler, PlateauLRScheduler):  # timm's other schedules are functions of epoch and update alone
+        state["scheduler"] = scheduler.lr_scheduler.state_dict()
+    return state
+
+
+def restore_training_state(
+    checkpoint: dict[str, Any],
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None,
+    loss_scaler: NativeScaler | None,
+) -> int:
+    """Restore what `training_state` saved, the weights aside, and return the epoch to go on with.
+
+    Comes after the schedule's creation, which resets learning rates.
+    """
+    if not args.no_resume_opt and "optimizer" in checkpoint:
+        saved = checkpoint.get("args") or {}
+        saved_opt = (saved if isinstance(saved, dict) else vars(saved)).get("opt", args.opt)
+        try:
+            if saved_opt != args.opt:
+                raise ValueError(f"it is of {saved_opt}")
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UsageError(
+                f"--resume: the optimizer's state does not fit --opt {args.opt} ({error}): give the run's "
+                "flags, or --no-resume-opt"
+            ) from error
+        if isinstance(scheduler, PlateauLRScheduler) and "scheduler" in checkpoint:
+            scheduler.lr_scheduler.load_state_dict(checkpoint["scheduler"])
+        if loss_scaler is not None and loss_scaler.state_dict_key in checkpoint:
+            loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
+    epoch = checkpoint.get("epoch")
+    return 0 if epoch is None else epoch + 1
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that is, at every moment, either the old one whole or the new one whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _link_atomically(source: Path, path: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _architecture(name: str) -> str:
+    return parse_model_name(name)[1].partition(".")[0]

@@ -1,0 +1,260 @@
+"""Datasets and loaders from flags, and the checks that keep labels and classes honest."""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, resolve_input_data_config
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from ditac_timm.training.device import Precision
+from ditac_timm.training.errors import UsageError
+from ditac_timm.training.refusals import mixup_is_on
+
+_logger = logging.getLogger(__name__)
+
+# What timm's create_loader takes of a data config; the rest of its arguments are flags.
+DATA_CONFIG = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+def check_data_dir(args: argparse.Namespace) -> None:
+    """Refuse a data folder that does not exist, before a model is built or downloaded."""
+    if args.data_dir and not os.path.exists(args.data_dir) and not args.dataset_download:
+        raise UsageError(f"--data-dir {args.data_dir} does not exist")
+    if args.class_map and not any(Path(folder, args.class_map).is_file() for folder in ("", args.data_dir or "")):
+        raise UsageError(f"--class-map {args.class_map} does not exist")
+
+
+def resolve_data_config(
+    args: argparse.Namespace,
+    model: nn.Module,
+    saved: dict[str, Any] | None = None,
+    use_test_size: bool = False,
+) -> dict[str, Any]:
+    """How images are prepared: by flags, else as `saved` with a checkpoint, else as the model was pretrained."""
+    try:
+        config = resolve_input_data_config(model, vars(args), pretrained_cfg=saved, use_test_size=use_test_size)
+    except (ValueError, AssertionError) as error:
+        raise UsageError(f"--img-size, --input-size, --in-chans, --mean or --std do not fit: {error}") from error
+    _logger.info("Data: " + ", ".join(f"{name} {value}" for name, value in config.items()))
+    return {name: config[name] for name in DATA_CONFIG}
+
+
+def create_loaders(
+    args: argparse.Namespace, config: dict[str, Any], precision: Precision, num_classes: int
+) -> tuple[Any, Any, Mixup | None]:
+    """Create what a training run reads, once its splits and classes are known to be right.
+
+    Returns:
+        The training loader; the validation loader, None where --val-split is empty; and the mixup to apply to batches,
+        None where there is none or the loader applies it.
+    """
+    train_set = create_split(
+        args, args.train_split, "--train-split", config, is_training=True, num_samples=args.train_num_samples
+    )
+    eval_loader = None
+    if args.val_split:
+        eval_set = create_split(args, args.val_split, "--val-split", config, num_samples=args.val_num_samples)
+        _check_splits(args, train_set, eval_set)
+        batch_size = args.validation_batch_size or args.batch_size
+        eval_loader = create_eval_loader(args, eval_set, config, precision, batch_size)
+    check_classes(args, train_set, args.train_split, num_classes)
+    train_loader, mixup = _create_train_loader(args, train_set, config, precision, num_classes)
+    if not len(train_loader):
+        raise UsageError(f"the length of {args.train_split!r} is unknown: give --train-num-samples")
+    return train_loader, eval_loader, mixup
+
+
+def create_split(
+    args: argparse.Namespace,
+    split: str,
+    flag: str,
+    config: dict[str, Any],
+    *,
+    is_training: bool = False,
+    num_samples: int | None = None,
+) -> Any:
+    """Create the dataset of one split.
+
+    Args:
+        args: The data flags.
+        split: The split's name.
+        flag: The flag that named it, for errors.
+        config: See `resolve_data_config`.
+        is_training: Whether iterable datasets shuffle and repeat.
+        num_samples: Their number of images, where they cannot tell.
+    """
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=is_training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            repeats=getattr(args, "epoch_repeats", 0),
+            input_img_mode=args.input_img_mode or ("RGB" if config["input_size"][0] == 3 else "L"),
+            input_key=args.input_key,
+            target_key=args.target_key,
+            num_samples=num_samples,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
+        raise UsageError(f"{flag} {split} of {args.dataset or args.data_dir}: {error}") from error
+    if not args.class_map:
+        _check_empty_classes(dataset, flag)
+    return dataset
+
+
+def check_classes(args: argparse.Namespace, dataset: Any, split: str, num_classes: int) -> None:
+    """Refuse a dataset whose number of classes is not the model's."""
+    classes = _class_to_idx(dataset)
+    if classes is None:
+        return
+    found = max(classes.values()) + 1
+    if found > num_classes or (found < num_classes and not args.class_map):
+        raise UsageError(f"{split!r} has {found} classes and the model {num_classes}: give --num-classes {found}")
+
+
+def create_eval_loader(
+    args: argparse.Namespace, dataset: Any, config: dict[str, Any], precision: Precision, batch_size: int
+) -> Any:
+    """Create the loader of an evaluation split: the same images, prepared the same way, in training and validation."""
+    return create_loader(
+        dataset,
+        **config,
+        crop_border_pixels=getattr(args, "crop_border_pixels", None),
+        is_training=False,
+        batch_size=batch_size,
+        **_shared_loader_args(args, precision),
+    )
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell whatever shuffles, or draws by epoch, which epoch comes next."""
+    for part in (loader.dataset, loader.batch_sampler, loader.sampler):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+def _create_train_loader(
+    args: argparse.Namespace, dataset: Any, config: dict[str, Any], precision: Precision, num_classes: int
+) -> tuple[Any, Mixup | None]:
+    """Create the loader of the training split, and the mixup to apply to its batches where it does not itself."""
+    if not isinstance(dataset, IterableDataset) and len(dataset) < args.batch_size * args.world_size:
+        raise UsageError(
+            f"--batch-size {args.batch_size} in {args.world_size} processes is more than the "
+            f"{len(dataset)} images of {args.train_split!r}: give a smaller one"
+        )
+    mixup, collate = None, None
+    if mixup_is_on(args):
+        mixup_args = {
+            "mixup_alpha": args.mixup,
+            "cutmix_alpha": args.cutmix,
+            "cutmix_minmax": args.cutmix_minmax,
+            "prob": args.mixup_prob,
+            "switch_prob": args.mixup_switch_prob,
+            "mode": args.mixup_mode,
+            "label_smoothing": args.smoothing,
+            "num_classes": num_classes,
+        }
+        if args.no_prefetcher:
+            mixup = Mixup(**mixup_args)
+        else:
+            collate = FastCollateMixup(**mixup_args)
+    if args.aug_splits:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    interpolation = config["interpolation"] if args.no_aug else args.train_interpolation or config["interpolation"]
+    loader = create_loader(
+        dataset,
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=interpolation,
+        is_training=True,
+        batch_size=args.batch_size,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        collate_fn=collate,
+        use_multi_epochs_loader=args.use_multi_epochs_loader,
+        worker_seeding=args.worker_seeding,
+        # Workers hold a copy of the mixup: turning it off reaches only workers started afterwards.
+        persistent_workers=not (collate and args.mixup_off_epoch),
+        **_shared_loader_args(args, precision),
+    )
+    return loader, mixup
+
+
+def _shared_loader_args(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    return {
+        "num_workers": args.workers,
+        "pin_memory": args.pin_mem,
+        "use_prefetcher": not args.no_prefetcher,
+        "distributed": args.distributed,
+        "device": precision.device,
+        "img_dtype": precision.model_dtype or torch.float32,
+    }
+
+
+def _check_splits(args: argparse.Namespace, train: Any, evaluation: Any) -> None:
+    """Refuse splits that are not two folders, and classes that differ: timm would train on one and score another."""
+    root = os.path.normpath(args.data_dir) if args.data_dir else None
+    for flag, split, dataset in (
+        ("--train-split", args.train_split, train),
+        ("--val-split", args.val_split, evaluation),
+    ):
+        # Where a folder has no such split, timm takes the whole folder for it.
+        folder = _folder(dataset)
+        if folder is not None and os.path.normpath(folder) == root:
+            raise UsageError(f"{flag} {split}: {args.data_dir} has no folder of that name")
+    classes, eval_classes = _class_to_idx(train), _class_to_idx(evaluation)
+    if classes is not None and eval_classes is not None and classes != eval_classes:
+        name = sorted(map(str, classes.keys() ^ eval_classes.keys()))[0]
+        has, lacks = (args.train_split, args.val_split) if name in classes else (args.val_split, args.train_split)
+        raise UsageError(f"the splits differ in their classes: {has!r} has images of {name!r} and {lacks!r} has none")
+
+
+def _class_to_idx(dataset: Any) -> dict[Any, int] | None:
+    reader = getattr(dataset, "reader", dataset)
+    classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folders, tars
+    return classes if isinstance(classes, dict) else None
+
+
+def _folder(dataset: Any) -> str | None:
+    """The folder an image folder dataset reads, None for another kind."""
+    reader = getattr(dataset, "reader", None)
+    root = getattr(reader, "root", None)
+    return root if hasattr(reader, "samples") and isinstance(root, str) else None
+
+
+def _check_empty_classes(dataset: Any, flag: str) -> None:
+    """Refuse a class folder without images: timm would leave it out and shift the labels of all that follow."""
+    folder = _folder(dataset)
+    if folder is None or not os.path.isdir(folder):
+        return
+    reader = dataset.reader
+    filled = {os.path.relpath(path, folder).partition(os.sep)[0] for path, _ in reader.samples}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in filled:
+            raise UsageError(f"{flag}: the class folder {entry.path} holds no images, fill or remove it")

@@ -1,0 +1,52 @@
+"""Errors a user can mend, and the one place that turns them into a sentence and an exit code."""
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from timm import utils
+
+_logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130  # 128 + SIGINT, what shells report
+
+
+class RunError(Exception):
+    """The run cannot go on. The message is one sentence for the user."""
+
+    exit_code = 1
+
+
+class UsageError(RunError):
+    """What was asked for cannot be done. The message names the flag and what would be right."""
+
+    exit_code = 2
+
+
+def run_script(name: str, script: Callable[[Any], None], args: Callable[[], Any]) -> int:
+    """Parse, run and return the exit code of a script.
+
+    Args:
+        name: The script's name, put before an error's sentence on stderr.
+        script: Does the work, given the parsed flags.
+        args: Parses the flags; called here, so that its errors are reported like any other.
+    """
+    if not logging.root.handlers:  # a caller that imports the script may have its own logging
+        utils.setup_default_logging()
+    try:
+        script(args())
+    except RunError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" with the known names nearest to `name`, or "" where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

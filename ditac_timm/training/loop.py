@@ -1,0 +1,253 @@
+"""One epoch of training, and one evaluation."""
+
+import argparse
+import logging
+import math
+import time
+from collections import OrderedDict
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, evaluation_sample_limit
+from timm.task.evaluator import ClassificationEvaluator
+from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad, distribute_bn
+from torch import nn
+
+from ditac_timm.training.device import Precision
+from ditac_timm.training.errors import RunError
+
+_logger = logging.getLogger(__name__)
+
+_REMEDY = "lower --lr, clip with --clip-grad, or use --amp-dtype bfloat16"
+
+
+class LossMeter:
+    """Running mean of the training loss, kept on the device so that no step waits for it.
+
+    A loss that is not finite is counted and left out of the mean.
+    """
+
+    def __init__(self, device: torch.device, distributed: bool) -> None:
+        """Start at no loss.
+
+        Args:
+            device: Where losses are computed.
+            distributed: Whether to sum over processes when read; then all must read together.
+        """
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self._sums = torch.zeros(4, dtype=dtype, device=device)  # latest loss, sum, samples, not finite since read
+        self._distributed = distributed
+        self._since_read = 0
+
+    def update(self, loss: torch.Tensor, samples: int) -> None:
+        """Add the mean loss of a number of samples."""
+        loss = loss.detach().to(self._sums.dtype)
+        finite = loss.isfinite()
+        self._sums[0] = loss
+        self._sums[1] += torch.where(finite, loss * samples, 0.0)
+        self._sums[2] += finite * samples
+        self._sums[3] += ~finite
+        self._since_read += 1
+
+    def read(self) -> tuple[float, float, int, int]:
+        """Return the latest loss, the mean, and of the losses since the last read how many were not finite, and all."""
+        sums, processes = self._sums, 1
+        if self._distributed:
+            sums, processes = self._sums.clone(), dist.get_world_size()
+            dist.all_reduce(sums)
+        latest, total, samples, not_finite = sums.tolist()
+        since_read, self._since_read = self._since_read * processes, 0
+        self._sums[3] = 0
+        return latest / processes, total / samples if samples else math.nan, int(not_finite), since_read
+
+
+def train_one_epoch(
+    task: ClassificationTask,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    args: argparse.Namespace,
+    precision: Precision,
+    *,
+    loss_scaler: NativeScaler | None = None,
+    scheduler: Scheduler | None = None,
+    mixup: Mixup | None = None,
+) -> OrderedDict[str, float]:
+    """Train for one epoch and return its mean loss.
+
+    Raises:
+        RunError: At a log interval, if losses are not finite. With loss scaling, which skips a step whose gradients
+            overflow, only if all of the interval's are.
+    """
+    model: Any = task.get_trainable_module()
+    model.train()
+    second_order = getattr(optimizer, "is_second_order", False)
+    batches, accumulate = len(loader), args.grad_accum_steps
+    updates = math.ceil(batches / accumulate)
+    update = epoch * updates
+    in_last_update = batches - (batches - 1) // accumulate * accumulate  # batches; fewer where they do not divide
+    losses = LossMeter(precision.device, args.distributed)
+    update_time, data_time = AverageMeter(), AverageMeter()
+    mean, logged_updates, waited, samples = math.nan, 0, 0.0, 0
+    interval_start = data_start = time.perf_counter()
+    optimizer.zero_grad()
+    for index, (images, target) in enumerate(loader):
+        last = index == batches - 1
+        need_update = last or (index + 1) % accumulate == 0
+        divisor = in_last_update if index >= batches - in_last_update else accumulate
+        images = images.to(precision.device, precision.model_dtype)
+        target = target.to(precision.device)
+        if mixup is not None:
+            images, target = mixup(images, target)
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        waited += time.perf_counter() - data_start
+
+        with nullcontext() if need_update else task.no_sync():
+            with precision.autocast():
+                loss = task(images, target)["loss"]
+            _backward_and_step(loss / divisor, task, optimizer, args, loss_scaler, second_order, need_update)
+        losses.update(loss, len(images))
+        samples += len(images) * args.world_size
+        if not need_update:
+            data_start = time.perf_counter()
+            continue
+
+        update += 1
+        in_epoch = update - epoch * updates
+        optimizer.zero_grad()
+        task.update_ema(step=update)
+        if (in_epoch - 1) % args.log_interval == 0 or last:
+            latest, mean, not_finite, read = losses.read()
+            if not_finite and (loss_scaler is None or not_finite == read):
+                raise RunError(
+                    f"the loss is not finite in {not_finite} of the last {read} batches up to update {in_epoch} of "
+                    f"epoch {epoch}: {_REMEDY}"
+                )
+            done = in_epoch - logged_updates
+            interval = time.perf_counter() - interval_start
+            update_time.update(interval / done, done)
+            data_time.update(waited / done, done)
+            per_update = samples / done
+            _logger.info(
+                f"Train: {epoch} [{in_epoch - 1:>4d}/{updates} ({100 * in_epoch / updates:>3.0f}%)]  "
+                f"Loss: {latest:#.3g} ({mean:#.3g})  "
+                f"Time: {update_time.val:.3f}s, {per_update / update_time.val:>7.2f}/s  "
+                f"({update_time.avg:.3f}s, {per_update / update_time.avg:>7.2f}/s)  "
+                f"LR: {mean_lr(optimizer):.3e}  "
+                f"Data: {data_time.val:.3f} ({data_time.avg:.3f})"
+            )
+            logged_updates, waited, samples = in_epoch, 0.0, 0
+            interval_start = time.perf_counter()
+        if scheduler is not None:
+            scheduler.step_update(num_updates=update)
+        data_start = time.perf_counter()
+    if hasattr(optimizer, "sync_lookahead"):
+        optimizer.sync_lookahead()
+    return OrderedDict(loss=mean)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Any,
+    args: argparse.Namespace,
+    precision: Precision,
+    *,
+    log_interval: int,
+    log_suffix: str = "",
+) -> OrderedDict[str, float]:
+    """Return loss, top1 and top5 of a model over a whole split.
+
+    Top-1 and top-5 are percentages of integer counts, summed over processes without the samples that pad them: they
+    do not depend on the batch size or on the number of processes.
+    """
+    model.eval()
+    evaluator = ClassificationEvaluator(precision.device, max_samples=evaluation_sample_limit(loader))
+    batch_time = AverageMeter()
+    last, logged, start = len(loader) - 1, -1, time.perf_counter()
+    for index, (images, target) in enumerate(loader):
+        images = images.to(precision.device, precision.model_dtype)
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with precision.autocast():
+            output = model(images)
+        evaluator.update(output[0] if isinstance(output, tuple | list) else output, target.to(precision.device))
+        if index % log_interval == 0 or index == last:
+            running = evaluator.summary()
+            batch_time.update((time.perf_counter() - start) / (index - logged), index - logged)
+            logged, start = index, time.perf_counter()
+            _logger.info(
+                f"Test{log_suffix}: [{index:>4d}/{last}]  "
+                f"Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  "
+                f"Loss: {running['loss']:>6.3f}  Acc@1: {running['top1']:>7.3f}  Acc@5: {running['top5']:>7.3f}"
+            )
+    return evaluator.compute(distributed=args.distributed)
+
+
+def evaluate_task(
+    task: ClassificationTask, loader: Any, args: argparse.Namespace, precision: Precision, epoch: int
+) -> OrderedDict[str, float]:
+    """Evaluate a task's model, and the averaged weights where there are any, whose metrics then count.
+
+    Raises:
+        RunError: If the loss is not finite.
+    """
+    # Not through DDP, whose forward waits for all ranks: their last batches may differ in number.
+    model: Any = task.get_eval_model()
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    metrics = evaluate(model, loader, args, precision, log_interval=args.log_interval)
+    if args.model_ema and not args.model_ema_force_cpu:
+        model = task.get_eval_model(ema=True)
+        metrics = evaluate(model, loader, args, precision, log_interval=args.log_interval, log_suffix=" (EMA)")
+    if not math.isfinite(metrics["loss"]):
+        raise RunError(f"the validation loss after epoch {epoch} is not finite: {_REMEDY}")
+    return metrics
+
+
+def share_batch_norm(task: ClassificationTask, args: argparse.Namespace) -> None:
+    """Give all processes the same batch norm statistics, so that they evaluate, and save, the same model."""
+    if not args.distributed or (not args.dist_bn and args.no_ddp_bb):
+        return
+    reduce = args.dist_bn == "reduce" and not args.sync_bn
+    distribute_bn(task.get_trainable_module(), args.world_size, reduce)
+    if args.model_ema and not args.model_ema_force_cpu:
+        distribute_bn(task.get_trainable_module(ema=True), args.world_size, reduce)
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The mean learning rate of an optimizer's parameter groups."""
+    return sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
+
+
+def _backward_and_step(
+    loss: torch.Tensor,
+    task: ClassificationTask,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    loss_scaler: NativeScaler | None,
+    second_order: bool,
+    need_update: bool,
+) -> None:
+    # Adaptive clipping leaves the head alone, as its authors do.
+    clipped = None if args.clip_grad is None else list(task.get_clip_parameters(exclude_head=args.clip_mode == "agc"))
+    if loss_scaler is not None:
+        loss_scaler(
+            loss,
+            optimizer,
+            clip_grad=args.clip_grad,
+            clip_mode=args.clip_mode,
+            parameters=clipped,
+            create_graph=second_order,
+            need_update=need_update,
+        )
+        return
+    loss.backward(create_graph=second_order)
+    if need_update:
+        if clipped is not None:
+            dispatch_clip_grad(clipped, args.clip_grad, mode=args.clip_mode)
+        optimizer.step()

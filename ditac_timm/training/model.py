@@ -1,0 +1,128 @@
+"""The model a command line asks for."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.models import get_model_input_config, parse_model_name
+from torch import nn
+
+from ditac_timm import create_model
+from ditac_timm.training.device import Precision
+from ditac_timm.training.errors import UsageError, suggestion
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that neither timm nor ditac_timm knows, with the nearest names they do."""
+    try:
+        source, _ = parse_model_name(name)
+    except ValueError as error:
+        raise UsageError(f"--model {name}: {error}") from error
+    if source:  # a folder or a Hub repository; its own config names the architecture
+        return
+    architecture, _, tag = name.partition(".")
+    base = architecture.removesuffix("_ditac")
+    if not timm.is_model(architecture) and not timm.is_model(base):
+        suffix = "" if base == architecture else "_ditac"
+        known = timm.list_models() + [model + suffix for model in timm.list_models()]
+        raise UsageError(f"--model {name} is unknown{suggestion(architecture, known)}")
+    if tag:
+        weights = base if timm.is_model(base) else architecture
+        tags = [model.partition(".")[2] for model in timm.list_models(weights, include_tags=True)]
+        if tag not in tags:
+            raise UsageError(f"--model {name}: {weights} has no weights {tag!r}{suggestion(tag, tags)}")
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that, with the architecture's name, rebuild the model for evaluation.
+
+    Only what was asked for: None leaves a default to the architecture. Regularisation is training's own business.
+    """
+    arguments = {
+        "num_classes": args.num_classes,
+        "in_chans": args.input_size[0] if args.input_size else args.in_chans,
+        "global_pool": args.gp,
+        "bn_momentum": getattr(args, "bn_momentum", None),
+        "bn_eps": getattr(args, "bn_eps", None),
+    }
+    return {name: value for name, value in arguments.items() if value is not None} | args.model_kwargs
+
+
+def regularisation_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that matter in training only."""
+    drop_path = args.drop_connect if args.drop_path is None else args.drop_path
+    arguments = {"drop_rate": args.drop, "drop_path_rate": drop_path, "drop_block_rate": args.drop_block}
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def image_size_argument(name: str, arguments: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """`img_size` for the architectures that are built for one image size, where flags ask for a size; else nothing."""
+    size = tuple(args.input_size[1:]) if args.input_size else args.img_size
+    if size is None or "img_size" in arguments:
+        return {}
+    with torch.device("meta"):
+        fixed = get_model_input_config(build_model(name, arguments))["fixed_input_size"]
+    return {"img_size": size} if fixed else {}
+
+
+def build_model(name: str, arguments: dict[str, Any], **kwargs: Any) -> Any:
+    """Create a model; arguments that the architecture does not take are refused.
+
+    Args:
+        name: Any name of `ditac_timm.create_model`.
+        arguments: See `model_arguments`.
+        **kwargs: More arguments of `create_model`, `pretrained` for one.
+    """
+    try:
+        return create_model(name, **arguments, **kwargs)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        refused = str(error).rpartition("argument ")[2]
+        raise UsageError(f"--model {name} takes no {refused}: see --model-kwargs and --drop-*") from error
+
+
+def source_of(model: Any, name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The architecture and arguments that rebuild a model without the folder or Hub repository it came from."""
+    if parse_model_name(name)[0] is None:
+        return name, arguments
+    return model.pretrained_cfg["architecture"], {**model.pretrained_model_args, **arguments}
+
+
+def init_head(model: Any, args: argparse.Namespace) -> None:
+    """Apply --head-init-scale and --head-init-bias."""
+    with torch.no_grad():
+        for parameter in _head_parameters(model):
+            if args.head_init_scale is not None:
+                parameter.mul_(args.head_init_scale)
+            if args.head_init_bias is not None and parameter.ndim == 1:
+                parameter.fill_(args.head_init_bias)
+
+
+def enable_grad_checkpointing(model: Any) -> None:
+    """Apply --grad-checkpointing."""
+    try:
+        model.set_grad_checkpointing(enable=True)
+    except (AssertionError, AttributeError) as error:
+        raise UsageError(f"--grad-checkpointing: {type(model).__name__} does not support it, leave it out") from error
+
+
+def place(model: nn.Module, args: argparse.Namespace, precision: Precision) -> nn.Module:
+    """Move a model to its device, dtype and memory format, with the batch norm layers that training asks for."""
+    if getattr(args, "split_bn", False):
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model = model.to(precision.device, precision.model_dtype)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if getattr(args, "sync_bn", False) and args.distributed:
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def _head_parameters(model: Any) -> Iterator[nn.Parameter]:
+    head = model.get_classifier()
+    for layer in head if isinstance(head, tuple | list) else (head,):  # distilled models have two
+        yield from layer.parameters()

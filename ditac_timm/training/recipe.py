@@ -1,0 +1,75 @@
+"""The loss, the optimizer and the schedule that flags ask for."""
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from ditac_timm.training.errors import UsageError
+from ditac_timm.training.refusals import mixup_is_on
+
+_logger = logging.getLogger(__name__)
+
+
+def create_loss(args: argparse.Namespace) -> nn.Module:
+    """The training loss: cross entropy unless flags name another, for the targets that mixup leaves."""
+    bce: dict[str, Any] = {}
+    if args.bce_loss:
+        bce = {
+            "bce_target_thresh": args.bce_target_thresh,
+            "bce_sum": args.bce_sum,
+            "pos_weight": args.bce_pos_weight,
+        }
+    return create_classification_loss(
+        loss_type="jsd" if args.jsd_loss else "bce" if args.bce_loss else "ce",
+        smoothing=args.smoothing,
+        soft_targets=mixup_is_on(args),
+        jsd_splits=args.aug_splits,
+        **bce,
+    )
+
+
+def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a model that is not wrapped; sets `args.lr` from --lr-base where it is not given."""
+    if not args.lr:
+        args.lr = base_lr(args)
+        _logger.info(f"Learning rate {args.lr:g}, from --lr-base {args.lr_base:g}.")
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--opt {args.opt} does not take these --opt-* flags or --opt-kwargs: {error}") from error
+
+
+def base_lr(args: argparse.Namespace) -> float:
+    """The learning rate of --lr-base, scaled to the images of one update."""
+    ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+    adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
+    scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def create_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> tuple[Scheduler | None, int]:
+    """The learning rate schedule, None for --sched none, and the number of epochs with cycles, warmup and cooldown."""
+    kwargs = scheduler_kwargs(args, decreasing_metric=metric_decreases(args))
+    try:
+        return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
+    except ValueError as error:
+        raise UsageError(f"--sched {args.sched}: {error}") from error
+
+
+def best_metric_name(args: argparse.Namespace) -> str:
+    """What makes a checkpoint the best: --eval-metric, or the training loss where nothing is validated."""
+    return args.eval_metric if args.val_split else "loss"
+
+
+def metric_decreases(args: argparse.Namespace) -> bool:
+    """Whether less of `best_metric_name` is better."""
+    return best_metric_name(args) == "loss"

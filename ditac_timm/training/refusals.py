@@ -1,0 +1,198 @@
+"""What is refused before data or model are touched: timm's flags not supported here, and flags that contradict."""
+
+import argparse
+import os
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from timm.optim import list_optimizers
+from timm.utils import is_distributed_env
+
+from ditac_timm.training.errors import UsageError, suggestion
+
+
+class Unsupported(NamedTuple):
+    """A timm flag that is refused unless it keeps timm's default, so that recipes that spell defaults out still run."""
+
+    flag: str
+    default: Any
+    reason: str
+
+    @property
+    def dest(self) -> str:
+        """The flag's name in the parsed namespace."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+_NAFLEX = "NaFlex loaders feed patches, which only NaFlex models take"
+_SIZES = "training at scheduled resolutions is not part of this script; give one --img-size"
+_KD = "there is no distillation yet"
+_WANDB = "there is no Weights & Biases logging yet; every epoch is in summary.csv"
+_SCRIPT = "DiTAC's operators are not scriptable; use --torchcompile"
+
+UNSUPPORTED_IN_TRAIN = (
+    Unsupported("--torchscript", False, _SCRIPT),
+    Unsupported("--fuser", "", "it chooses a TorchScript fuser; use --torchcompile"),
+    Unsupported("--device-modules", None, "only devices that torch itself provides are supported"),
+    Unsupported("--synchronize-step", False, "losses are read at log intervals, and no step waits for the device"),
+    Unsupported("--save-images", False, "only checkpoints and the summary are written"),
+    Unsupported("--tta", 0, "the loaders make no oversampled views to average"),
+    Unsupported("--recovery-interval", 0, "there are no checkpoints within an epoch yet"),
+    Unsupported("--log-wandb", False, _WANDB),
+    Unsupported("--wandb-project", None, _WANDB),
+    Unsupported("--wandb-tags", [], _WANDB),
+    Unsupported("--wandb-resume-id", "", _WANDB),
+    Unsupported("--train-img-sizes", None, _SIZES),
+    Unsupported("--train-batch-sizes", None, _SIZES),
+    Unsupported("--train-size-probs", None, _SIZES),
+    Unsupported("--train-size-schedule", "constant", _SIZES),
+    Unsupported("--train-size-schedule-spread", 0.65, _SIZES),
+    Unsupported("--train-size-random-mix", 0.1, _SIZES),
+    Unsupported("--train-batches-per-epoch", None, _SIZES),
+    Unsupported("--variable-batch-loss-scale", "none", _SIZES),
+    Unsupported("--naflex-loader", False, _NAFLEX),
+    Unsupported("--naflex-train-seq-lens", [128, 256, 576, 784, 1024], _NAFLEX),
+    Unsupported("--naflex-max-seq-len", 576, _NAFLEX),
+    Unsupported("--naflex-patch-sizes", None, _NAFLEX),
+    Unsupported("--naflex-patch-size-probs", None, _NAFLEX),
+    Unsupported("--naflex-loss-scale", "linear", _NAFLEX),
+    Unsupported("--naflex-patchify-channels-first", False, _NAFLEX),
+    Unsupported("--kd-model-name", None, _KD),
+    Unsupported("--kd-distill-type", "logit", _KD),
+    Unsupported("--kd-loss-type", "kl", _KD),
+    Unsupported("--distill-loss-weight", None, _KD),
+    Unsupported("--task-loss-weight", None, _KD),
+    Unsupported("--kd-temperature", 4.0, _KD),
+    Unsupported("--kd-student-feature-dim", None, _KD),
+    Unsupported("--kd-teacher-feature-dim", None, _KD),
+    Unsupported("--kd-token-distill-type", "soft", _KD),
+)
+
+UNSUPPORTED_IN_VALIDATE = (
+    Unsupported("--torchscript", False, _SCRIPT),
+    Unsupported("--aot-autograd", False, "it needs functorch's old fusion; use --torchcompile"),
+    Unsupported("--fuser", "", "it chooses a TorchScript fuser; use --torchcompile"),
+    Unsupported("--num-gpu", 1, "one process drives one GPU; start several with torchrun"),
+    Unsupported("--tf-preprocessing", False, "it needs TensorFlow's image operators"),
+    Unsupported("--real-labels", "", "only the labels of the dataset itself are scored"),
+    Unsupported("--valid-labels", "", "all of the model's classes are scored; use --class-map"),
+    Unsupported("--retry", False, "a batch too large is an error; give a smaller --batch-size"),
+    Unsupported("--metrics-avg", None, "top-1, top-5 and loss are the metrics here"),
+    Unsupported("--naflex-loader", False, _NAFLEX),
+    Unsupported("--naflex-max-seq-len", 576, _NAFLEX),
+)
+
+# Checked here and not by argparse, which checks neither choices nor types of what a YAML file says.
+_CHOICES: dict[str, Collection[str | None]] = {
+    "amp_dtype": ("float16", "bfloat16"),
+    "model_dtype": (None, "", "float32", "float16", "bfloat16"),
+    "clip_mode": ("norm", "value", "agc"),
+    "mixup_mode": ("batch", "pair", "elem"),
+    "remode": ("const", "rand", "pixel"),
+    "dist_bn": ("", "reduce", "broadcast"),
+    "worker_seeding": ("all", "part"),
+    "lr_base_scale": ("", "linear", "sqrt"),
+    "eval_metric": ("top1", "top5", "loss"),
+    "results_format": (None, "csv", "json"),
+    "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none"),
+}
+_AT_LEAST_ONE = (
+    "batch_size",
+    "validation_batch_size",
+    "grad_accum_steps",
+    "epochs",
+    "log_interval",
+    "log_freq",
+    "val_interval",
+    "checkpoint_hist",
+    "num_classes",
+    "img_size",
+    "in_chans",
+)
+
+
+def check_train_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of `train.py` that cannot work, or cannot work together."""
+    _check_each(args)
+    opt = args.opt.lower().removeprefix("lookahead_")
+    known = [str(name) for name in list_optimizers()]
+    if opt not in known:
+        raise UsageError(f"--opt {args.opt} is no timm optimizer{suggestion(opt, known)}")
+    _check_augmentation(args)
+    if args.sync_bn and not args.device.startswith("cuda"):
+        raise UsageError(f"--sync-bn works on CUDA devices only, and --device is {args.device}: leave it out")
+    if args.sync_bn and args.split_bn:
+        raise UsageError("--sync-bn and --split-bn exclude each other: give one")
+    if args.sched == "plateau" and args.sched_on_updates:
+        raise UsageError("--sched plateau steps on epochs: leave --sched-on-updates out")
+    if args.resume and args.initial_checkpoint:
+        raise UsageError("--resume replaces all weights, --initial-checkpoint's too: give one")
+    if args.resume and args.pretrained_path:
+        raise UsageError("--resume replaces all weights, --pretrained-path's too: give one")
+    if args.pretrained_path and not args.pretrained:
+        raise UsageError("--pretrained-path needs --pretrained")
+    if args.drop_connect is not None and args.drop_path is not None:
+        raise UsageError("--drop-connect is the former name of --drop-path: give --drop-path only")
+
+
+def check_validate_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of `validate.py` that cannot work, or cannot work together."""
+    _check_each(args)
+    if not args.model and not args.checkpoint:
+        raise UsageError("nothing to evaluate: give --checkpoint PATH, or --model NAME --pretrained")
+    if args.checkpoint and args.pretrained:
+        raise UsageError("--checkpoint and --pretrained name two sets of weights: give one")
+    if args.use_ema and not args.checkpoint:
+        raise UsageError("--use-ema needs --checkpoint")
+    folder = os.path.dirname(os.path.abspath(args.results_file))
+    if args.results_file and not os.path.isdir(folder):
+        raise UsageError(f"--results-file {args.results_file}: there is no folder {folder}")
+
+
+def _check_each(args: argparse.Namespace) -> None:
+    """Refuse values that are wrong by themselves."""
+    for name, choices in _CHOICES.items():
+        if getattr(args, name, next(iter(choices))) not in choices:
+            allowed = ", ".join(choice or "''" for choice in choices if choice is not None)
+            raise UsageError(f"{_flag(name)} must be one of {allowed}, not {getattr(args, name)}")
+    for name in _AT_LEAST_ONE:
+        value = getattr(args, name, None)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UsageError(f"{_flag(name)} must be a whole number of at least 1, not {value}")
+    if args.workers < 0:
+        raise UsageError(f"--workers must be at least 0, not {args.workers}")
+    if args.amp and args.model_dtype not in (None, "", "float32"):
+        raise UsageError(f"--amp keeps float32 weights: leave --model-dtype {args.model_dtype} out")
+    if not args.dataset and not args.data_dir:
+        raise UsageError("--data-dir is missing: give the folder that holds the images")
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    mixup = mixup_is_on(args)
+    if mixup and args.batch_size % 2:
+        raise UsageError(f"--mixup and --cutmix pair images: --batch-size must be even, not {args.batch_size}")
+    if mixup and args.mixup_off_epoch and args.use_multi_epochs_loader:
+        raise UsageError("--mixup-off-epoch cannot reach the workers of --use-multi-epochs-loader: give one")
+    if args.aug_splits == 1:
+        raise UsageError("--aug-splits must be 0, or 2 and more, not 1")
+    if args.aug_splits and mixup:
+        raise UsageError("--aug-splits does not go with --mixup and --cutmix: give one")
+    if args.aug_splits and (args.no_aug or args.no_prefetcher):
+        raise UsageError("--aug-splits needs augmentation and prefetching: leave --no-aug and --no-prefetcher out")
+    if args.jsd_loss and not args.aug_splits:
+        raise UsageError("--jsd-loss compares augmentation splits: give --aug-splits 2 or more")
+    if args.jsd_loss and args.bce_loss:
+        raise UsageError("--jsd-loss and --bce-loss are two losses: give one")
+    if args.split_bn and not (args.aug_splits or args.resplit):
+        raise UsageError("--split-bn needs --aug-splits 2 or more, or --resplit")
+    if args.aug_repeats and not is_distributed_env():
+        raise UsageError("--aug-repeats spreads views over processes: start several with torchrun, or leave it out")
+
+
+def mixup_is_on(args: argparse.Namespace) -> bool:
+    """Whether training targets are soft, from mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _flag(dest: str) -> str:
+    return "--" + dest.replace("_", "-")

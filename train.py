@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""Train a timm model, with DiTAC or without, on images: timm's flags, timm's recipes, timm's file names.
+
+    python train.py --data-dir /data/imagenet --model mobilenetv3_ditac --epochs 100
+    torchrun --nproc-per-node 8 train.py -c recipe.yaml --data-dir /data/imagenet
+    python train.py -c output/train/RUN/args.yaml --resume output/train/RUN
+
+A run's folder, OUTPUT/EXPERIMENT, holds args.yaml (the flags, for -c), summary.csv (a line an epoch), last.pth.tar
+(which --resume continues from), model_best.pth.tar, and the best checkpoint-EPOCH.pth.tar. A checkpoint is a dict of
+tensors and plain values, which torch.load reads with weights_only=True:
+
+    arch, model_args        create_model(arch, **model_args) rebuilds the model
+    state_dict              its weights; with --model-ema also state_dict_ema, their average
+    num_classes             as in model_args
+    data_config             how images are prepared: input_size, mean, std, interpolation, crop_pct, crop_mode
+    epoch, metric, saver    the epoch just finished, its metric, the best ones of the run
+    optimizer, scheduler, amp_scaler, args, version
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm import utils
+from timm.layers import set_fast_norm
+from timm.models import safe_model_name
+from timm.task import ClassificationTask
+from torch import nn
+
+from ditac_timm.training import checkpoint as checkpoints
+from ditac_timm.training import data
+from ditac_timm.training import model as models
+from ditac_timm.training.device import Precision, init_device, resolve_device
+from ditac_timm.training.errors import UsageError, run_script
+from ditac_timm.training.flags import parse_train_flags
+from ditac_timm.training.loop import evaluate_task, mean_lr, share_batch_norm, train_one_epoch
+from ditac_timm.training.recipe import (
+    best_metric_name,
+    create_loss,
+    create_optimizer,
+    create_scheduler,
+    metric_decreases,
+)
+from ditac_timm.training.refusals import check_train_flags, mixup_is_on
+
+_logger = logging.getLogger("train")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the flags say, print the best epochs as JSON, and return the exit code."""
+    return run_script("train.py", train, lambda: parse_train_flags(argv))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Refuse what is cheaply known to fail; then train, in one process or as one of several."""
+    flags = dict(vars(args))  # as given, before values are filled in
+    args.device = resolve_device(args.device)
+    check_train_flags(args)
+    models.check_model_name(args.model)
+    data.check_data_dir(args)
+    resume_file = checkpoints.find_checkpoint(args.resume, "--resume") if args.resume else None
+    if args.experiment and not resume_file and (_runs(args) / args.experiment / checkpoints.LAST).exists():
+        raise UsageError(f"--experiment {args.experiment} is a run in {_runs(args)}: --resume it, or name another")
+    device = init_device(args)
+    try:
+        _run(args, flags, resume_file, Precision.from_flags(args, device))
+    finally:
+        if args.distributed:
+            torch.distributed.destroy_process_group()
+
+
+def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | None, precision: Precision) -> None:
+    resumed = checkpoints.read_checkpoint(resume_file, "--resume") if resume_file else {}
+    model, rebuild = create_model(args, resumed)
+    config = data.resolve_data_config(args, model)
+    num_classes = model.num_classes
+    train_loader, eval_loader, mixup = data.create_loaders(args, config, precision, num_classes)
+
+    model = models.place(model, args, precision)
+    if resumed:  # only now, because --split-bn adds layers
+        checkpoints.load_weights(model, resumed["state_dict"], f"--resume {args.resume}")
+    optimizer = create_optimizer(args, model)
+    task = create_task(args, model, precision, resumed)
+    loss_scaler = precision.loss_scaler()
+    updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
+    scheduler, epochs = create_scheduler(args, optimizer, updates_per_epoch)
+    start_epoch = checkpoints.restore_training_state(resumed, args, optimizer, scheduler, loss_scaler)
+    if args.start_epoch is not None:
+        start_epoch = args.start_epoch
+    if scheduler is not None and start_epoch > 0:
+        scheduler.step(start_epoch)
+        scheduler.step_update(start_epoch * updates_per_epoch)
+
+    folder = run_folder(args, config, resume_file)
+    saver = None
+    if utils.is_primary(args):
+        with checkpoints.reported_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            flags_text = yaml.safe_dump(flags, default_flow_style=False)
+            checkpoints.write_atomically(folder / "args.yaml", lambda file: file.write(flags_text.encode()))
+            utils.trim_summary(folder / "summary.csv", start_epoch)
+        saver = checkpoints.CheckpointSaver(folder, decreasing=metric_decreases(args), max_history=args.checkpoint_hist)
+        if resume_file and resume_file.parent.resolve() == folder.resolve():
+            saver.restore(resumed)
+    constants = {**rebuild, "num_classes": num_classes, "data_config": config, "args": flags, "version": 2}
+    _logger.info(f"Training from epoch {start_epoch} up to {epochs}, checkpoints in {folder}.")
+
+    results: list[dict[str, Any]] = []
+    for epoch in range(start_epoch, epochs):
+        data.set_epoch(train_loader, epoch)
+        if mixup_is_on(args) and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+            (mixup or train_loader).mixup_enabled = False
+        train_metrics = train_one_epoch(
+            task,
+            train_loader,
+            optimizer,
+            epoch,
+            args,
+            precision,
+            loss_scaler=loss_scaler,
+            scheduler=scheduler,
+            mixup=mixup,
+        )
+        share_batch_norm(task, args)
+        if (epoch + 1) % args.val_interval and epoch + 1 != epochs:
+            if scheduler is not None:
+                scheduler.step(epoch + 1)
+            continue
+        eval_metrics = evaluate_task(task, eval_loader, args, precision, epoch) if eval_loader is not None else None
+        metrics = eval_metrics or train_metrics
+        metric, lr = metrics[best_metric_name(args)], mean_lr(optimizer)
+        if scheduler is not None:
+            scheduler.step(epoch + 1, metric)
+        if saver is not None:
+            # The line first: a run that is killed in between resumes before it, and writes it again.
+            with checkpoints.reported_write_errors(folder):
+                utils.update_summary(epoch, train_metrics, eval_metrics, folder / "summary.csv", lr=lr)
+            state = checkpoints.training_state(task, optimizer, scheduler, loss_scaler)
+            saver.save({**constants, **state}, epoch, metric)
+        validation = {"validation": eval_metrics} if eval_metrics else {}
+        results.append({"epoch": epoch, "train": train_metrics, **validation})
+
+    if saver is not None:
+        _logger.info(f"*** Best {best_metric_name(args)}: {saver.best_metric} (epoch {saver.best_epoch})")
+        ranked = sorted(
+            results,
+            key=lambda result: result.get("validation", result["train"])[best_metric_name(args)],
+            reverse=not metric_decreases(args),
+        )
+        print(f"--result\n{json.dumps(ranked[:10], indent=4)}")
+
+
+def create_model(args: argparse.Namespace, resumed: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Create the model the flags ask for; if it is to resume, only where the checkpoint is of the same model.
+
+    Returns:
+        The model on the CPU, and the `arch` and `model_args` that rebuild it.
+    """
+    if args.fast_norm:
+        set_fast_norm()
+    arguments = models.model_arguments(args)
+    arguments |= models.image_size_argument(args.model, arguments, args)
+    model = models.build_model(
+        args.model,
+        arguments,
+        pretrained=args.pretrained and not resumed,  # a resumed run's weights replace them
+        pretrained_cfg_overlay={"file": args.pretrained_path, "num_classes": -1} if args.pretrained_path else None,
+        **models.regularisation_arguments(args),
+    )
+    arch, arguments = models.source_of(model, args.model, arguments)
+    arguments = {**arguments, "num_classes": model.num_classes}
+    if args.initial_checkpoint:
+        file = checkpoints.find_checkpoint(args.initial_checkpoint, "--initial-checkpoint")
+        initial = checkpoints.read_checkpoint(file, "--initial-checkpoint")
+        checkpoints.load_weights(model, initial.get("state_dict_ema", initial["state_dict"]), "--initial-checkpoint")
+    models.init_head(model, args)
+    if resumed:
+        checkpoints.check_same_model(resumed, f"--resume {args.resume}", arch, arguments)
+    if args.grad_checkpointing:
+        models.enable_grad_checkpointing(model)
+    _logger.info(f"Model {args.model}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters.")
+    return model, {"arch": arch, "model_args": arguments}
+
+
+def create_task(
+    args: argparse.Namespace, model: nn.Module, precision: Precision, resumed: dict[str, Any]
+) -> ClassificationTask:
+    """Join model and loss; average, compile and distribute the model as the flags say, in the order that needs."""
+    task = ClassificationTask(
+        model, create_loss(args), device=precision.device, dtype=precision.model_dtype, verbose=False
+    )
+    if args.model_ema:
+        task.setup_ema(
+            args.model_ema_decay,
+            args.model_ema_warmup,
+            torch.device("cpu") if args.model_ema_force_cpu else None,
+        )
+        if "state_dict_ema" in resumed:
+            task.load_checkpoint_state(resumed["state_dict_ema"], ema=True)
+    if args.torchcompile:
+        task.compile(args.torchcompile, args.torchcompile_mode)
+        task.compile_ema(args.torchcompile, args.torchcompile_mode)
+    if args.distributed:
+        device_ids = [precision.device] if precision.device.type == "cuda" else None
+        task.prepare_distributed(device_ids, broadcast_buffers=not args.no_ddp_bb)
+    return task
+
+
+def run_folder(args: argparse.Namespace, config: dict[str, Any], resume_file: Path | None) -> Path:
+    """Where a run is written: --experiment in --output; a resumed run's own folder if neither is given."""
+    if resume_file is not None and not args.experiment:
+        return resume_file.parent
+    name = args.experiment or "-".join(
+        (f"{datetime.now():%Y%m%d-%H%M%S}", safe_model_name(args.model), str(config["input_size"][-1]))
+    )
+    return _runs(args) / name
+
+
+def _runs(args: argparse.Namespace) -> Path:
+    return Path(args.output or os.path.join("output", "train"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
