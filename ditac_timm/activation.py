@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import cpab, ops
 from .ops import reference
 
-__all__ = ["DiTAC"]
+__all__ = ["DiTAC", "FrozenDiTAC"]
 
 DEFAULT_DOMAINS = {"ditac": (-3.0, 3.0), "ge": (0.0, 3.0), "leaky": (-3.0, 3.0), "inf": (-3.0, 3.0)}
 INITS = ("identity", "prior")
@@ -82,7 +82,7 @@ class DiTAC(nn.Module):
         if version == "leaky" and not self.domain[0] <= 0 <= self.domain[1]:
             raise ValueError(f"the domain of version 'leaky' must contain 0, but is {self.domain}.")
         a, b = self.domain
-        self.bins = self.cells * max(math.ceil((b - a) / self.cells / _BIN_WIDTH), _MIN_BINS_PER_CELL)
+        self.bins = self.cells * max(math.ceil((b - a) / self.cells / _BIN_WIDTH - 1e-9), _MIN_BINS_PER_CELL)
         if reference.nodes(version, self.domain, self.bins) > _MAX_NODES:
             raise ValueError(
                 f"cells={cells} on the domain {self.domain} need a table of more than {_MAX_NODES:,} nodes."
@@ -168,5 +168,44 @@ class DiTAC(nn.Module):
             points = torch.linspace(a - reach, b + reach, points, dtype=dtype, device=self.theta.device)
         return points, self(points)
 
+    @torch.no_grad()
+    def fuse(self) -> "FrozenDiTAC":
+        """This activation with theta fixed, for deployment; `timm.utils.reparameterize_model` fuses a whole model."""
+        dtype = torch.float64 if self.theta.dtype == torch.float64 else torch.float32
+        layout = reference.Layout(self._table(dtype), self.version, self.domain, self.bins)
+        return FrozenDiTAC(layout.lines(self._table(dtype), derivative=False), layout.low, layout.width)
+
     def extra_repr(self) -> str:
         return f"version={self.version!r}, cells={self.cells}, domain={self.domain}, init={self.init!r}"
+
+
+class FrozenDiTAC(nn.Module):
+    """A DiTAC that is not trained any more: a table in a buffer, looked up by standard operators; exports anywhere.
+
+    Args:
+        lines: `(bins + 2, 2)`, intercept and slope of each bin; the first holds to the left of all, the last to the
+            right.
+        low: Where the first bin begins.
+        width: Of a bin.
+
+    Shape:
+        As `DiTAC`.
+    """
+
+    def __init__(self, lines: Tensor, low: float, width: float):
+        super().__init__()
+        self.register_buffer("lines", lines.detach().clone())
+        self.lines: Tensor
+        self.low = low
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(self.lines.dtype)
+        row = ((wide - self.low) / self.width + 1).clamp(0, len(self.lines) - 1).nan_to_num(0.0).to(torch.int64)
+        line = self.lines[row]
+        limit = torch.finfo(wide.dtype).max  # -inf times a slope of 0 would be NaN
+        return torch.where(
+            wide.isinf() & (line[..., 1] != 0),
+            wide,
+            torch.addcmul(line[..., 0], line[..., 1], wide.clamp(-limit, limit)),
+        ).to(x.dtype)

@@ -728,3 +728,24 @@ def test_cuda_matches_the_cpu():
     module.cuda()
     for ours, reference in zip(gradients(module, x.cuda(), module), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", ["ditac", "ge", "leaky", "inf"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_fused_computes_the_same_from_a_buffer_by_standard_operators(version, dtype):
+    module = DiTAC(version, init="prior", dtype=torch.float64 if dtype == torch.float64 else None).eval()
+    fused = module.fuse()
+    edges = [math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0, *module.domain]
+    x = torch.cat((torch.tensor(edges, dtype=dtype), torch.linspace(-8, 8, 4000, dtype=dtype))).reshape(3, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), module(x), rtol=2e-6, atol=1e-6, equal_nan=True)
+    assert not list(fused.parameters())
+    exported = torch.export.export(fused, (x,))
+    assert all("ditac" not in str(node.target) for node in exported.graph.nodes)
+
+
+def test_timm_fuses_every_ditac_of_a_model():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), DiTAC(init="prior"), torch.nn.Sequential(DiTAC("inf"))).eval()
+    fused, x = timm.utils.reparameterize_model(model), torch.randn(5, 4)
+    assert not [name for name, _ in fused.named_parameters() if "theta" in name]
+    torch.testing.assert_close(fused(x), model(x))

@@ -108,7 +108,7 @@ def _gelu_columns(x: Tensor) -> Tensor:
     return torch.stack((x * _cdf(x), _cdf(x) + x * _pdf(x)))
 
 
-class _Layout:
+class Layout:
     """Where a table's rows lie. A row is a bin; row 0 is all that is left of the nodes, the last all right of them."""
 
     def __init__(self, table: Tensor, version: str, domain: Sequence[float], bins: int):
@@ -160,7 +160,7 @@ class _Layout:
 
 def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
     """The activation of `x`, of any shape and floating dtype, in `torch.empty_like(x)`'s layout."""
-    layout = _Layout(table, version, domain, bins)
+    layout = Layout(table, version, domain, bins)
     lines = torch.view_as_complex(layout.lines(table, derivative=False))  # one gather moves both parts
     # Where the activation ends in 0, -inf times a slope of 0 would be NaN.
     least = layout.low - layout.width if version in ("ditac", "ge") else -math.inf
@@ -184,7 +184,7 @@ def lookup_backward(
     need_table: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `lookup` with respect to `x` (in its layout) and to `table`; an empty tensor for one not needed."""
-    layout = _Layout(table, version, domain, bins)
+    layout = Layout(table, version, domain, bins)
     lines = torch.view_as_complex(layout.lines(table, derivative=True))
     limit = torch.finfo(table.dtype).max
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
@@ -208,7 +208,7 @@ def lookup_backward_differentiable(
     grad: Tensor, x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins: int
 ) -> tuple[Tensor, Tensor]:
     """`lookup_backward` in operators that autograd can differentiate once more."""
-    layout = _Layout(table, version, domain, bins)
+    layout = Layout(table, version, domain, bins)
     limit = torch.finfo(table.dtype).max
     wide, wide_grad = x.to(table.dtype).flatten(), grad.to(table.dtype).flatten()
     position = layout.position(wide)
@@ -225,7 +225,7 @@ def lookup_backward_differentiable(
     return grad_x.reshape(x.shape).to(x.dtype), _node_gradient(sums, layout, table.dtype)
 
 
-def _node_gradient(sums: Tensor, layout: _Layout, dtype: torch.dtype) -> Tensor:
+def _node_gradient(sums: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """From the sums of g (row 0) and g * position within the bin (row 1), per bin, to the gradient of the table."""
     total, weighted = sums
     to_start, to_end = (total - weighted)[1:-1], weighted[1:-1]
@@ -289,6 +289,7 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _histogram(row: Tensor, weights: Tensor, rows: int) -> Tensor:
+    weights = weights.to(cpab.internal_dtype(row.device))  # float32 sums of equal numbers stop growing
     if row.device.type == "cpu":
-        return torch.bincount(row, weights.double(), rows)
+        return torch.bincount(row, weights, rows)
     return torch.zeros(rows, dtype=weights.dtype, device=row.device).index_add_(0, row, weights)

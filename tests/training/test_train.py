@@ -334,8 +334,7 @@ def test_a_base_models_checkpoint_starts_its_ditac_model(train, digits, tmp_path
     base = timm.create_model("test_vit", num_classes=10)
     torch.save(base.state_dict(), tmp_path / "base.pth")
     args = train.parse_train_flags(
-        ["--data-dir", str(digits), "--model", "test_vit_ditac", "--num-classes", "10"]
-        + ["--initial-checkpoint", str(tmp_path / "base.pth")]
+        f"--data-dir {digits} --model test_vit_ditac --num-classes 10 --initial-checkpoint {tmp_path}/base.pth".split()
     )
     model, _ = train.create_model(args, {})
     for name, value in base.state_dict().items():
