@@ -75,7 +75,8 @@ def audit_activations(model: nn.Module, input_size: Sequence[int] | None = None)
             stack.callback(module.register_forward_hook(recorder.leave, always_call=True).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
-        twin(torch.empty(1, *input_size, device="meta"))
+        dtypes = (parameter.dtype for parameter in twin.parameters() if parameter.is_floating_point())
+        twin(torch.empty(1, *input_size, dtype=next(dtypes, None), device="meta"))
     return [ActivationCall(*call, count) for call, count in recorder.calls.items()]
 
 

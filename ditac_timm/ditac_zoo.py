@@ -123,8 +123,11 @@ def _surgery_at_construction(arguments: Mapping[str, Any]) -> Iterator[None]:
     knows (checkpoint filter, features, strictness), so the builder's name is exchanged in all of them.
     """
     builder = timm.models.build_model_with_cfg
+    thread = threading.get_ident()
 
     def build(model_cls: Callable[..., nn.Module], *args, **kwargs) -> nn.Module:
+        if threading.get_ident() != thread:  # someone else's model, meanwhile
+            return builder(model_cls, *args, **kwargs)
         return builder(functools.partial(_construct, model_cls, arguments), *args, **kwargs)
 
     with _lock:

@@ -63,7 +63,7 @@ def _evaluate(function: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
             function = copy.deepcopy(function).cpu()
         if isinstance(function, nn.PReLU):  # one DiTAC for all channels
             function.weight = nn.Parameter(function.weight.detach().mean().reshape(1))
-        function = function.double().eval()
+        function = function.double().eval().forward  # without its hooks
     return function(grid.clone())  # it may work in place
 
 
