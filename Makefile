@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not sweep"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not sweep" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 sweep: $(READY)
-	$(BIN)/python -m pytest -m sweep
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache build *.egg-info

@@ -300,7 +300,7 @@ class _Found:
             setattr(self.parent, self.name, new)
             if isinstance(self.parent, nn.TransformerEncoderLayer):
                 # Its fused path, taken in eval, would go on computing the old one.
-                self.parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
+                self.parent.activation_relu_or_gelu = 0
 
 
 def _find(model: nn.Module, types: Sequence[type | str] | None) -> Iterator[_Found]:

@@ -1,0 +1,85 @@
+"""Every code block of the README runs: Python as it stands, commands by their own parsers and targets."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm.models._builder
+import torch
+
+from ditac_timm.training.flags import parse_train_flags, parse_validate_flags
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    command
+    for language, code in BLOCKS
+    if language == "bash"
+    for command in (line.partition("#")[0].strip() for line in code.splitlines())
+    if command
+]
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    """timm's pretrained weights stay as initialised: tests reach no network."""
+    asked = []
+    real = timm.models._builder.load_pretrained
+
+    def load_pretrained(model, pretrained_cfg, *args, **kwargs):
+        if pretrained_cfg.get("file"):  # a local folder
+            real(model, pretrained_cfg, *args, **kwargs)
+        else:
+            asked.append(pretrained_cfg["architecture"])
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", load_pretrained)
+    return asked
+
+
+def test_python_blocks_run_in_order(no_download, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict = {}
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert len(blocks) >= 6
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert no_download == ["vit_tiny_patch16_224", "resnet50", "resnet50"]
+    printed = capsys.readouterr().out
+    # What the page shows is what is printed, but for the last digits of the difference.
+    shown = next(code for language, code in BLOCKS if not language and code.startswith("VisionTransformer"))
+    report, _, difference = shown.strip().rpartition("\n")
+    assert report in printed
+    measured = float(re.search(r"max difference (\S+)", printed)[1])
+    assert measured < 1e-4
+    assert 0 < float(difference.split()[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[script]).is_file()
+    assert words[:script] == ["python"] or words[0] == "torchrun"
+    {"train.py": parse_train_flags, "validate.py": parse_validate_flags}[words[script]](words[script + 1 :])
+
+
+def test_the_file_tree_is_the_repositorys():
+    tree = next(code for language, code in BLOCKS if not language and code.startswith("train.py"))
+    package = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    found = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / "ditac_timm").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert package == found
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
