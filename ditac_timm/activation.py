@@ -18,9 +18,9 @@ __all__ = ["DiTAC", "FrozenDiTAC"]
 DEFAULT_DOMAINS = {"ditac": (-3.0, 3.0), "ge": (0.0, 3.0), "leaky": (-3.0, 3.0), "inf": (-3.0, 3.0)}
 INITS = ("identity", "prior")
 
-# Width of a table's bins at most: GELU is then interpolated to within 6e-7. A cell has at least so many of them.
-_BIN_WIDTH = 1 / 400
-_MIN_BINS_PER_CELL = 16
+# Width of a table's bins at most: GELU is then interpolated to within 1.6e-6. A cell has at least so many of them.
+_BIN_WIDTH = 1 / 256
+_MIN_BINS_PER_CELL = 64
 _MAX_NODES = 1_000_000
 
 
@@ -173,7 +173,7 @@ class DiTAC(nn.Module):
         """This activation with theta fixed, for deployment; `timm.utils.reparameterize_model` fuses a whole model."""
         dtype = torch.float64 if self.theta.dtype == torch.float64 else torch.float32
         layout = reference.Layout(self._table(dtype), self.version, self.domain, self.bins)
-        return FrozenDiTAC(layout.lines(self._table(dtype), derivative=False), layout.low, layout.width)
+        return FrozenDiTAC(layout.lines(self._table(dtype)), layout.low, layout.width)
 
     def extra_repr(self) -> str:
         return f"version={self.version!r}, cells={self.cells}, domain={self.domain}, init={self.init!r}"
@@ -198,6 +198,13 @@ class FrozenDiTAC(nn.Module):
         self.lines: Tensor
         self.low = low
         self.width = width
+
+    def _apply(self, fn, recurse=True):
+        before = self.lines
+        super()._apply(fn, recurse)
+        if self.lines.itemsize < 4:  # in half precision most positions would fall into another bin
+            self.lines = before.to(self.lines.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.lines.dtype)

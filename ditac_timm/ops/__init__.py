@@ -2,18 +2,25 @@
 
 `tabulate` turns knot velocities into a table of the whole activation by the closed form; `lookup` interpolates in it.
 They are chained by plain autograd: the gradient of theta is a sum over the table's bins and one vector-Jacobian
-product. The kernels here are `reference.py`'s; a faster one registers itself under its device's dispatch key.
+product. `reference.py` computes on any device. Faster kernels stand under the dispatch keys of their devices:
+`cpu.cpp`, built at first use (`python -m ditac_timm.ops` builds it ahead of time), and `triton.py`. Where one cannot be
+had, a warning says so once and the reference goes on. `DITAC_DISABLE_KERNELS=1` leaves only the reference.
 """
 
-from collections.abc import Sequence
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
+from .. import cpab
 from . import reference
 
-__all__ = ["lookup", "tabulate"]
+__all__ = ["kernel", "lookup", "tabulate"]
 
 _TABLE = "str version, float[] domain, int bins"
 torch.library.define("ditac::tabulate", f"(Tensor velocities, {_TABLE}) -> Tensor")
@@ -24,8 +31,64 @@ torch.library.define(
     f"(Tensor grad, Tensor x, Tensor table, {_TABLE}, bool need_x, bool need_table) -> (Tensor, Tensor)",
 )
 
-for _name in ("tabulate", "tabulate_backward", "lookup", "lookup_backward"):
+_OPERATORS = ("tabulate", "tabulate_backward", "lookup", "lookup_backward")
+for _name in _OPERATORS:
     torch.library.impl(f"ditac::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+
+
+class _FirstCall:
+    """Stands under a device's dispatch key until an operator is first called there, then makes way for the kernels.
+
+    So importing the package compiles nothing, and neither does tracing: what a compiled graph calls comes here too.
+
+    Args:
+        key: The dispatch key.
+        kernel: What the kernels are called.
+        load: Puts them under that key, or raises.
+    """
+
+    def __init__(self, key: str, kernel: str, load: Callable[[], object]):
+        self.kernel = kernel
+        self.load = load
+        self.lock = threading.Lock()
+        self.library: torch.library.Library | None = torch.library.Library("ditac", "IMPL")
+        for name in _OPERATORS:
+            self.library.impl(name, functools.partial(self, name), key)
+
+    def __call__(self, name: str, *arguments):
+        self.make_way()
+        return getattr(torch.ops.ditac, name).default(*arguments)
+
+    def make_way(self) -> None:
+        with self.lock:
+            if self.library is None:
+                return
+            self.library = None  # which takes its entries back
+            try:
+                self.load()
+            except (RuntimeError, ImportError) as error:
+                warnings.warn(f"DiTAC runs without its {self.kernel} kernels, so slower: {error}.", stacklevel=3)
+                self.kernel = "reference"
+
+
+def _load_cpu() -> None:
+    from . import cpu
+
+    cpu.load()
+
+
+_first_calls: dict[str, _FirstCall] = {}
+if os.environ.get("DITAC_DISABLE_KERNELS", "0") in ("", "0"):
+    _first_calls["cpu"] = _FirstCall("CPU", "C++", _load_cpu)
+
+
+def kernel(device: torch.device | str) -> str:
+    """What computes on a device: "C++", "Triton" or "reference". Loads it where that has not happened yet."""
+    first_call = _first_calls.get(torch.device(device).type)
+    if first_call is None:
+        return "reference"
+    first_call.make_way()
+    return first_call.kernel
 
 
 def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
@@ -72,17 +135,34 @@ def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins
 
     Raises:
         TypeError: x is not floating.
-        ValueError: The table does not have the shape that version, domain and bins say.
+        ValueError: The table does not have the shape that version, domain and bins say, or is on another device.
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, but is {x.dtype}.")
+    if x.device != table.device:
+        raise ValueError(f"x and the table, so theta, must be on one device, but are on {x.device} and {table.device}.")
     _refuse_forward_mode(x, table)
-    return torch.ops.ditac.lookup.default(x, table, version, domain, bins)
+    if _needs_no_gradient(x, table):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _lookup(x, table, version, domain, bins)
+    return _lookup(x, table, version, domain, bins)
+
+
+_lookup = torch.ops.ditac.lookup.default
+
+
+def _needs_no_gradient(x: Tensor, table: Tensor) -> bool:
+    """Whether the gradient's code, which torch.library wrote in Python, can be stepped over: it takes half the time."""
+    if torch.compiler.is_compiling() or not cpab.plain_eager():
+        return False
+    return not torch.is_grad_enabled() or not (x.requires_grad or table.requires_grad)
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
     """torch.library's autograd drops tangents without a word."""
-    if not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError("DiTAC has no forward-mode derivative (jvp, jacfwd): use reverse mode.")
 
 

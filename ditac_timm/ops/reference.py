@@ -22,6 +22,9 @@ from .. import cpab
 VERSIONS = ("ditac", "ge", "leaky", "inf")
 LEAKY_SLOPE = 0.01
 
+# Of a table's entries: its lines, a few times as large, stay within float32.
+LARGEST = 1e36
+
 # |x| from which GELU is taken as 0 or x: there it differs by less than 6e-9.
 _GELU_REACH = 6.0
 
@@ -63,7 +66,8 @@ def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: in
     middle = torch.stack((flowed, slope))
     if version == "inf":
         left, right = middle[:, :1], middle[:, -1:]
-    return torch.cat((left, middle, right), 1).to(velocities.dtype)
+    table = torch.cat((left, middle, right), 1)
+    return table.clamp(-LARGEST, LARGEST).to(velocities.dtype)
 
 
 def tabulate_backward(grad: Tensor, velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
@@ -134,34 +138,45 @@ class Layout:
     def _without_joints(self, between: Tensor) -> Tensor:
         return torch.cat(between.split([self.left, 1, self.bins, 1, self.right])[::2])
 
-    def lines(self, table: Tensor, derivative: bool) -> Tensor:
-        """`(rows, 2)`: of each row, intercept and slope of the activation's straight line, or of its derivative's.
+    def lines(self, table: Tensor) -> Tensor:
+        """`(rows, 2)`: of each row, intercept and slope of the activation's straight line.
 
         In this form a lookup is one gather and one multiply-add.
         """
-        row = table[int(derivative)]
-        start, end = self.starts(row), self.ends(row)
-        slope = (end - start) / self.width
-        begin = self.width * torch.arange(self.rows - 2, dtype=table.dtype, device=table.device) + self.low
-        bins = torch.stack((start - slope * begin, slope), 1)
+        start, slope = self._bins(table[0])
         tails = table[:, [0, -1]].T  # value and derivative at the first and at the last node
-        if derivative:
-            tails = torch.stack((tails[:, 1], torch.zeros_like(tails[:, 1])), 1)
-        else:
-            ends = torch.tensor([self.low, self.high], dtype=table.dtype, device=table.device)
-            tails = torch.stack((tails[:, 0] - tails[:, 1] * ends, tails[:, 1]), 1)
+        begin = self.width * torch.arange(self.rows - 2, dtype=table.dtype, device=table.device) + self.low
+        slope = slope / self.width
+        bins = torch.stack((start - slope * begin, slope), 1)
+        ends = torch.tensor([self.low, self.high], dtype=table.dtype, device=table.device)
+        tails = torch.stack((tails[:, 0] - tails[:, 1] * ends, tails[:, 1]), 1)
         return torch.cat((tails[:1], bins, tails[1:]))
+
+    def derivative_lines(self, table: Tensor) -> Tensor:
+        """The same for the derivative, but of the position, which is never infinite once it is kept within the rows."""
+        start, slope = self._bins(table[1])
+        row = torch.arange(1, self.rows - 1, dtype=table.dtype, device=table.device)
+        bins = torch.stack((start - slope * row, slope), 1)
+        tails = torch.nn.functional.pad(table[1, [0, -1]].unsqueeze(1), (0, 1))
+        return torch.cat((tails[:1], bins, tails[1:]))
+
+    def _bins(self, node_values: Tensor) -> tuple[Tensor, Tensor]:
+        start = self.starts(node_values)
+        return start, self.ends(node_values) - start
 
     def position(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x in bins, such that its whole part, kept within the rows, is the row."""
-        offset = torch.full((), 1 - self.low / self.width, dtype=x.dtype, device=x.device)
-        return torch.add(offset, x, alpha=1 / self.width, out=out)
+        if self.left == 0:  # exact at a, where `leaky` jumps
+            x, offset = torch.sub(x, self.low, out=out), 1.0
+        else:
+            offset = 1 - self.low / self.width
+        return torch.add(torch.full((), offset, dtype=x.dtype, device=x.device), x, alpha=1 / self.width, out=out)
 
 
 def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
     """The activation of `x`, of any shape and floating dtype, in `torch.empty_like(x)`'s layout."""
     layout = Layout(table, version, domain, bins)
-    lines = torch.view_as_complex(layout.lines(table, derivative=False))  # one gather moves both parts
+    lines = torch.view_as_complex(layout.lines(table))  # one gather moves both parts
     # Where the activation ends in 0, -inf times a slope of 0 would be NaN.
     least = layout.low - layout.width if version in ("ditac", "ge") else -math.inf
     y = torch.empty_like(x)
@@ -185,23 +200,28 @@ def lookup_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `lookup` with respect to `x` (in its layout) and to `table`; an empty tensor for one not needed."""
     layout = Layout(table, version, domain, bins)
-    lines = torch.view_as_complex(layout.lines(table, derivative=True))
-    limit = torch.finfo(table.dtype).max
+    lines = torch.view_as_complex(layout.derivative_lines(table))
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    sums = torch.zeros(2, layout.rows, dtype=cpab.internal_dtype(table.device), device=table.device)
+    sums = torch.zeros(layout.rows, dtype=_complex(cpab.internal_dtype(table.device)), device=table.device)
     tensors = (grad, x, grad_x) if need_x else (grad, x)
     for (piece_grad, piece, *out), (wide, position, row, line) in _chunks(tensors, table.dtype, like=x):
         piece_grad = piece_grad.to(table.dtype)
-        layout.position(wide.copy_(piece), out=position)
-        _rows(position if not need_table else position.clone(), layout.rows, out=row)
+        layout.position(piece.to(table.dtype), out=position)
+        _rows(wide.copy_(position), layout.rows, out=row)
         if need_x:
             intercept, slope = torch.view_as_real(torch.index_select(lines, 0, row, out=line)).unbind(1)
-            derivative = torch.addcmul(intercept, slope, wide.clamp_(-limit, limit))
+            derivative = torch.addcmul(intercept, slope, wide)
             _into(out[0], torch.mul, derivative, piece_grad)
-        if need_table:  # piece by piece, so that float32 sums stay short
-            sums[0] += _histogram(row, piece_grad, layout.rows)
-            sums[1] += _histogram(row, position.sub_(row).mul_(piece_grad), layout.rows)
-    return grad_x, _node_gradient(sums, layout, table.dtype) if need_table else table.new_empty(0)
+        if need_table:
+            # Both sums at once, and in float64: float32 sums of equal numbers stop growing.
+            weights = torch.view_as_real(torch.empty(len(row), dtype=sums.dtype, device=row.device))
+            weights[:, 0] = piece_grad
+            weights[:, 1] = position.sub_(row).mul_(piece_grad)
+            sums.index_add_(0, row, torch.view_as_complex(weights))
+    node_gradient = (
+        _node_gradient(torch.view_as_real(sums).T, layout, table.dtype) if need_table else table.new_empty(0)
+    )
+    return grad_x, node_gradient
 
 
 def lookup_backward_differentiable(
@@ -209,12 +229,11 @@ def lookup_backward_differentiable(
 ) -> tuple[Tensor, Tensor]:
     """`lookup_backward` in operators that autograd can differentiate once more."""
     layout = Layout(table, version, domain, bins)
-    limit = torch.finfo(table.dtype).max
-    wide, wide_grad = x.to(table.dtype).flatten(), grad.to(table.dtype).flatten()
-    position = layout.position(wide)
+    wide_grad = grad.to(table.dtype).flatten()
+    position = layout.position(x.to(table.dtype).flatten())
     row = _rows(position.detach().clone(), layout.rows)
-    line = layout.lines(table, derivative=True).index_select(0, row)
-    grad_x = wide_grad * (line[:, 0] + line[:, 1] * wide.clamp(-limit, limit))
+    line = layout.derivative_lines(table).index_select(0, row)
+    grad_x = wide_grad * (line[:, 0] + line[:, 1] * position.clamp(0, layout.rows - 1))
     zeros = torch.zeros(layout.rows, dtype=table.dtype, device=table.device)
     sums = torch.stack(
         (
@@ -246,9 +265,9 @@ def _node_gradient(sums: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(position: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
-    """The row of each position, which is overwritten; row 0 for NaN."""
+    """The row of each position, which is kept within the rows too; row 0 for NaN."""
     # Clamped on both sides of the cast: what a NaN becomes there depends on the processor.
-    position.clamp_(max=rows - 1)
+    position.clamp_(0, rows - 1)
     row = position.to(torch.int32) if out is None else out.copy_(position)
     return row.clamp_(min=0)
 
@@ -272,9 +291,9 @@ def _chunks(
     like = tensors[0] if like is None else like
     flat = [_flat(tensor, like) for tensor in tensors]
     size = like.numel()
-    step = 131072 * torch.get_num_threads() if like.device.type == "cpu" else max(size, 1)
+    step = 262144 * torch.get_num_threads() if like.device.type == "cpu" else max(size, 1)
     length = min(size, step)
-    dtypes = (dtype, dtype, torch.int32, torch.complex128 if dtype == torch.float64 else torch.complex64)
+    dtypes = (dtype, dtype, torch.int32, _complex(dtype))
     buffers = [torch.empty(length, dtype=dtype, device=like.device) for dtype in dtypes]
     for begin in range(0, size, step):
         piece = tuple(tensor[begin : begin + step] for tensor in flat)
@@ -288,8 +307,5 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _histogram(row: Tensor, weights: Tensor, rows: int) -> Tensor:
-    weights = weights.to(cpab.internal_dtype(row.device))  # float32 sums of equal numbers stop growing
-    if row.device.type == "cpu":
-        return torch.bincount(row, weights, rows)
-    return torch.zeros(rows, dtype=weights.dtype, device=row.device).index_add_(0, row, weights)
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype == torch.float64 else torch.complex64

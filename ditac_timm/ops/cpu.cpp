@@ -1,0 +1,686 @@
+// The operators for the CPU. reference.py defines what they compute and how a table is laid out; cpu.py builds this file.
+//
+// A lookup is one 8-byte load of (intercept, slope) and one multiply-add an element. The lines lie in the first-level
+// cache. Eight scalar loads beat a gather instruction on every processor tried, so vectors are taken apart for them and
+// put together again. The vectors are the compiler's (GCC and Clang on any processor), eight lanes everywhere, and the
+// last few elements go through the same code in a padded buffer: no result depends on where an element lies.
+//
+// The gradient of the table is a histogram of g and g * (position within the bin), in float64, one for each thread,
+// added up in the order of threads: equal runs with as many threads give equal bits.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using Settings = std::tuple<std::string, double, double, int64_t>;  // version, a, b, bins
+using Domain = at::ArrayRef<double>;
+
+// --- Vectors of eight -------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Eight {
+  typedef T type __attribute__((vector_size(8 * sizeof(T))));
+};
+template <typename T>
+using Vec = typename Eight<T>::type;
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+template <typename A, typename X>
+INLINE Vec<A> load(const X* from) {
+  Vec<A> out;
+  if constexpr (std::is_same_v<A, X>) {
+    std::memcpy(&out, from, sizeof(out));
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<X, at::BFloat16>) {
+    Vec<uint16_t> upper;
+    std::memcpy(&upper, from, sizeof(upper));
+    out = (Vec<float>)(__builtin_convertvector(upper, Vec<uint32_t>) << 16);
+  } else {
+    for (int i = 0; i < 8; ++i) out[i] = static_cast<A>(from[i]);
+  }
+  return out;
+}
+
+template <typename A, typename X>
+INLINE void store(X* to, Vec<A> values) {
+  if constexpr (std::is_same_v<A, X>) {
+    std::memcpy(to, &values, sizeof(values));
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<X, at::BFloat16>) {
+    const Vec<uint32_t> bits = (Vec<uint32_t>)values;
+    Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    rounded = values == values ? rounded : Vec<uint32_t>{} + 0x7fc0;
+    const auto upper = __builtin_convertvector(rounded, Vec<uint16_t>);
+    std::memcpy(to, &upper, sizeof(upper));
+  } else {
+    for (int i = 0; i < 8; ++i) to[i] = static_cast<X>(values[i]);
+  }
+}
+
+// --- Tables -----------------------------------------------------------------------------------------------------------
+
+// Where a table's rows lie, as reference.Layout: a row is a bin, the first and the last are all beyond the nodes.
+struct Layout {
+  int64_t left, bins, right, rows, nodes;
+  double width, low, high;
+  double origin, offset;  // position = (x - origin) / width + offset, exact at a where `leaky` jumps
+
+  Layout(std::string_view version, double a, double b, int64_t bins_on_domain) : bins(bins_on_domain) {
+    constexpr double reach = 6.0;  // of GELU, as reference._GELU_REACH
+    width = (b - a) / static_cast<double>(bins);
+    const auto pieces = [&](double distance) {
+      return std::max<int64_t>(static_cast<int64_t>(std::ceil(distance / width - 1e-9)), 0);
+    };
+    left = version == "ditac" || version == "ge" ? pieces(a + reach) : 0;
+    right = version == "ditac" ? pieces(reach - b) : 0;
+    low = a - static_cast<double>(left) * width;
+    high = b + static_cast<double>(right) * width;
+    origin = left ? 0.0 : low;
+    offset = left ? 1 - low / width : 1.0;
+    rows = left + bins + right + 2;
+    nodes = left + bins + right + 3;
+  }
+
+  int64_t node(int64_t bin) const {  // left node of a bin; a and b stand twice
+    return bin + (bin >= left) + (bin >= left + bins);
+  }
+};
+
+template <typename A>
+struct Line {
+  A intercept, slope;
+};
+
+// Of each row, the straight line of the activation, or of its derivative.
+template <typename A>
+std::unique_ptr<Line<A>[]> make_lines(const A* table, const Layout& at, bool derivative) {
+  std::unique_ptr<Line<A>[]> lines(new Line<A>[at.rows]);
+  const A* values = table + (derivative ? at.nodes : 0);
+  const A width = static_cast<A>(at.width), low = static_cast<A>(at.low);
+  const int64_t ends[] = {0, at.left, at.left + at.bins, at.left + at.bins + at.right};
+  for (int piece = 0; piece < 3; ++piece) {  // a and b stand twice
+    const A* node = values + piece;
+    for (int32_t bin = static_cast<int32_t>(ends[piece]); bin < ends[piece + 1]; ++bin) {
+      const A slope = (node[bin + 1] - node[bin]) / width;
+      lines[bin + 1] = {node[bin] - slope * (static_cast<A>(bin) * width + low), slope};
+    }
+  }
+  const A *slopes = table + at.nodes, first = slopes[0], last = slopes[at.nodes - 1];
+  lines[0] = derivative ? Line<A>{first, 0} : Line<A>{table[0] - first * low, first};
+  lines[at.rows - 1] =
+      derivative ? Line<A>{last, 0} : Line<A>{table[at.nodes - 1] - last * static_cast<A>(at.high), last};
+  return lines;
+}
+
+// Eight positions in bins, their rows, and the rows' lines. NaN goes to row 0.
+template <typename A>
+struct Found {
+  Vec<A> position, intercept, slope;
+  Vec<int32_t> row;
+};
+
+template <typename A>
+INLINE Found<A> find(Vec<A> x, const Line<A>* lines, A origin, A scale, A offset, A last) {
+  Found<A> found;
+  found.position = (x - origin) * scale + offset;
+  const Vec<A> zero = Vec<A>{};
+  Vec<A> kept = found.position > zero ? found.position : zero;
+  kept = kept < last ? kept : zero + last;
+  found.row = __builtin_convertvector(kept, Vec<int32_t>);
+  if constexpr (std::is_same_v<A, float>) {
+    typedef uint64_t Four __attribute__((vector_size(32)));
+    typedef double Pairs __attribute__((vector_size(32)));
+    const Four rows = (Four)found.row;
+    typedef double Pair __attribute__((may_alias));  // moved, never used as a number
+    const Pair* pairs = reinterpret_cast<const Pair*>(lines);
+    const auto low = [&](int i) INLINE_LAMBDA { return pairs[static_cast<uint32_t>(rows[i])]; };
+    const auto high = [&](int i) INLINE_LAMBDA { return pairs[rows[i] >> 32]; };
+    const Vec<float> a = (Vec<float>)Pairs{low(0), high(0), low(2), high(2)};
+    const Vec<float> b = (Vec<float>)Pairs{low(1), high(1), low(3), high(3)};
+#if defined(__clang__) || __GNUC__ >= 12
+    found.intercept = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14);
+    found.slope = __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+#else
+    found.intercept = __builtin_shuffle(a, b, Vec<int32_t>{0, 2, 8, 10, 4, 6, 12, 14});
+    found.slope = __builtin_shuffle(a, b, Vec<int32_t>{1, 3, 9, 11, 5, 7, 13, 15});
+#endif
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      found.intercept[i] = lines[found.row[i]].intercept;
+      found.slope[i] = lines[found.row[i]].slope;
+    }
+  }
+  return found;
+}
+
+// --- Lookup -----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kGrain = 8192;  // elements that are worth another thread
+
+// Divides [0, size) among at most as many tasks as there are threads; returns how many there are.
+template <typename F>
+int64_t divide(int64_t size, int64_t grain, const F& task) {
+  const int64_t tasks = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), (size + grain - 1) / grain), 1);
+  const int64_t share = (size / tasks + 7) / 8 * 8;
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t from = std::min(i * share, size);
+      task(i, from, i + 1 == tasks ? size : std::min(from + share, size));
+    }
+  });
+  return tasks;
+}
+
+// A tensor in the dtype and layout of another; copied where it has not got them.
+Tensor laid_out(const Tensor& tensor, const Tensor& like) {
+  if (tensor.scalar_type() == like.scalar_type() && tensor.strides() == like.strides()) return tensor;
+  return at::empty_like(like).copy_(tensor);
+}
+
+template <typename A, typename X>
+void lookup_span(
+    const X* x, X* y, int64_t size, const Line<A>* lines, const Layout& at, A least) {
+  const A origin = static_cast<A>(at.origin), scale = static_cast<A>(1 / at.width), offset = static_cast<A>(at.offset);
+  const A last = static_cast<A>(at.rows - 1);
+  const auto eight = [&](const X* from, X* to) INLINE_LAMBDA {
+    const Vec<A> value = load<A>(from);
+    const Found<A> found = find<A>(value, lines, origin, scale, offset, last);
+    const Vec<A> kept = value < least ? Vec<A>{} + least : value;  // -inf times a slope of 0 would be NaN
+    store<A>(to, found.slope * kept + found.intercept);
+  };
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) eight(x + i, y + i);
+  if (i < size) {
+    X from[8] = {}, to[8];
+    std::copy(x + i, x + size, from);
+    eight(from, to);
+    std::copy(to, to + (size - i), y + i);
+  }
+}
+
+template <typename A, typename X, bool need_x, bool need_table>
+void backward_span(
+    const X* grad, const X* x, X* grad_x, int64_t size, const Line<A>* lines, const Layout& at,
+    double* sums) {
+  const A origin = static_cast<A>(at.origin), scale = static_cast<A>(1 / at.width), offset = static_cast<A>(at.offset);
+  const A last = static_cast<A>(at.rows - 1), limit = std::numeric_limits<A>::max();
+  typedef double Two __attribute__((vector_size(16)));
+  const auto eight = [&](const X* from_grad, const X* from, X* to) INLINE_LAMBDA {
+    const Vec<A> g = load<A>(from_grad), value = load<A>(from);
+    const Found<A> found = find<A>(value, lines, origin, scale, offset, last);
+    if constexpr (need_x) {
+      Vec<A> kept = value < -limit ? Vec<A>{} - limit : value;
+      kept = kept > limit ? Vec<A>{} + limit : kept;
+      store<A>(to, (found.slope * kept + found.intercept) * g);
+    }
+    if constexpr (need_table) {
+      const Vec<A> weighted = g * (found.position - __builtin_convertvector(found.row, Vec<A>));
+      for (int i = 0; i < 8; ++i) {
+        Two both, add = {static_cast<double>(g[i]), static_cast<double>(weighted[i])};
+        double* bin = sums + 2 * static_cast<uint32_t>(found.row[i]);
+        std::memcpy(&both, bin, sizeof(both));
+        both += add;
+        std::memcpy(bin, &both, sizeof(both));
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) eight(grad + i, x + i, grad_x + i);
+  if (i < size) {
+    X from_grad[8] = {}, from[8] = {}, to[8];  // a gradient of 0 adds nothing to any bin
+    std::copy(grad + i, grad + size, from_grad);
+    std::copy(x + i, x + size, from);
+    eight(from_grad, from, to);
+    if constexpr (need_x) std::copy(to, to + (size - i), grad_x + i);
+  }
+}
+
+// From the sums of g and g * position, per row, to the gradient of the table; as reference._node_gradient.
+template <typename A>
+void node_gradient(const double* sums, const Layout& at, A* out) {
+  std::vector<double> values(at.nodes, 0.0);
+  for (int64_t bin = 0; bin < at.rows - 2; ++bin) {
+    const double total = sums[2 * (bin + 1)], weighted = sums[2 * (bin + 1) + 1];
+    values[at.node(bin)] += total - weighted;
+    values[at.node(bin) + 1] += weighted;
+  }
+  const double *first = sums, *last = sums + 2 * (at.rows - 1);
+  values[0] += first[0];
+  values[at.nodes - 1] += last[0];
+  for (int64_t node = 0; node < at.nodes; ++node) out[node] = static_cast<A>(values[node]);
+  std::fill(out + at.nodes, out + 2 * at.nodes, A(0));
+  out[at.nodes] = static_cast<A>((first[1] - first[0]) * at.width);  // counted from one bin before the first node
+  out[2 * at.nodes - 1] += static_cast<A>(last[1] * at.width);
+}
+
+// The dtype that x is read in: its own, unless that is one of float32 and float64 and the table is of the other.
+at::ScalarType readable(const Tensor& x, const Tensor& table) {
+  const auto dtype = x.scalar_type();
+  const bool narrow = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  TORCH_CHECK_VALUE(
+      narrow || dtype == at::kDouble, "x must be float64, float32, float16 or bfloat16, but is ", dtype, ".");
+  return narrow == (table.scalar_type() == at::kFloat) ? dtype : table.scalar_type();
+}
+
+// Calls f with a value of the table's type, and one of x's.
+template <typename F>
+void for_dtypes(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case at::kDouble: return f(double{}, double{});
+    case at::kFloat: return f(float{}, float{});
+    case at::kBFloat16: return f(float{}, at::BFloat16{});
+    default: return f(float{}, at::Half{});
+  }
+}
+
+Layout layout_of(const Tensor& table, std::string_view version, Domain domain, int64_t bins) {
+  const Layout at(version, domain[0], domain[1], bins);
+  TORCH_CHECK_VALUE(
+      table.dim() == 2 && table.size(0) == 2 && table.size(1) == at.nodes, "table must have the shape (2, ", at.nodes,
+      "), but has ", table.sizes(), ".");
+  return at;
+}
+
+Tensor lookup(const Tensor& x, const Tensor& table, std::string_view version, Domain domain, int64_t bins) {
+  const Layout at = layout_of(table, version, domain, bins);
+  const bool ends_in_zero = version == "ditac" || version == "ge";
+  Tensor y = at::empty_like(x, x.options().dtype(readable(x, table)));
+  const Tensor from = laid_out(x, y), rows = table.contiguous();
+  for_dtypes(y, [&](auto table_type, auto x_type) {
+    using A = decltype(table_type);
+    using X = decltype(x_type);
+    const auto lines = make_lines<A>(rows.const_data_ptr<A>(), at, false);
+    const A least = ends_in_zero ? static_cast<A>(at.low - at.width) : -std::numeric_limits<A>::infinity();
+    const X* in = from.const_data_ptr<X>();
+    X* out = y.mutable_data_ptr<X>();
+    divide(x.numel(), kGrain, [&](int64_t, int64_t begin, int64_t end) {
+      lookup_span<A, X>(in + begin, out + begin, end - begin, lines.get(), at, least);
+    });
+  });
+  return y.to(x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> lookup_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& table, std::string_view version, Domain domain, int64_t bins,
+    bool need_x, bool need_table) {
+  const Layout at = layout_of(table, version, domain, bins);
+  Tensor grad_x = at::empty_like(x, x.options().dtype(readable(x, table)));
+  Tensor grad_table = need_table ? at::empty({2, at.nodes}, table.options()) : at::empty({0}, table.options());
+  const Tensor from = laid_out(x, grad_x), from_grad = laid_out(grad, grad_x), rows = table.contiguous();
+  for_dtypes(grad_x, [&](auto table_type, auto x_type) {
+    using A = decltype(table_type);
+    using X = decltype(x_type);
+    const auto lines = make_lines<A>(rows.const_data_ptr<A>(), at, true);
+    const auto span = !need_table ? backward_span<A, X, true, false>
+                      : need_x    ? backward_span<A, X, true, true>
+                                  : backward_span<A, X, false, true>;
+    const X *g = from_grad.const_data_ptr<X>(), *in = from.const_data_ptr<X>();
+    X* out = grad_x.mutable_data_ptr<X>();
+    std::vector<std::vector<double>> sums(need_table ? at::get_num_threads() : 0);
+    const int64_t tasks = divide(x.numel(), kGrain, [&](int64_t task, int64_t begin, int64_t end) {
+      if (need_table) sums[task].assign(2 * at.rows, 0.0);
+      span(g + begin, in + begin, out + begin, end - begin, lines.get(), at, need_table ? sums[task].data() : nullptr);
+    });
+    if (!need_table) return;
+    for (int64_t task = 1; task < tasks; ++task) {
+      for (size_t i = 0; i < sums[0].size(); ++i) sums[0][i] += sums[task][i];
+    }
+    node_gradient<A>(sums[0].data(), at, grad_table.mutable_data_ptr<A>());
+  });
+  return {need_x ? grad_x.to(x.scalar_type()) : at::empty({0}, x.options()), grad_table};
+}
+
+// --- Tabulate: the closed form of cpab.flow_with_slope, a node at a time -------------------------------------------------
+
+const double kAtRest = std::sqrt(std::numeric_limits<double>::min());
+const double kLargestGrowth = std::log(std::numeric_limits<double>::max()) - 1;
+
+// distance * log(exit_speed / speed) / (exit_speed - speed), and its derivatives with respect to both speeds.
+struct Crossing {
+  double time, by_speed, by_exit_speed;
+};
+
+inline Crossing cross(double distance, double speed, double exit_speed) {
+  const double total = speed + exit_speed, difference = exit_speed - speed, ratio = difference / total;
+  if (std::abs(ratio) < 0.02) {  // by a series: artanh(ratio) / ratio, and its derivative
+    const double square = ratio * ratio, scale = 2 * distance / total;
+    const double series = 1 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square / 9)));
+    const double slope = ratio * (2.0 / 3 + square * (4.0 / 5 + square * (6.0 / 7 + square * 8 / 9)));
+    const double over = scale / total;
+    return {
+        scale * series, over * (-series - 2 * exit_speed / total * slope), over * (-series + 2 * speed / total * slope)};
+  }
+  const double time = distance * std::log(exit_speed / speed) / difference;
+  return {time, (time - distance / speed) / difference, (distance / exit_speed - time) / difference};
+}
+
+// Integral of exp(slope * t) over the duration, its derivative with respect to slope, and exp(slope * duration).
+struct Growth {
+  double integral, by_slope, factor;
+};
+
+inline Growth grow(double slope, double duration) {
+  const double z = std::min(slope * duration, kLargestGrowth), factor = std::exp(z);
+  if (std::abs(z) < 0.1) {
+    const double integral = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8))))));
+    const double by = 1.0 / 2 + z * (1.0 / 3 + z * (1.0 / 8 + z * (1.0 / 30 + z * (1.0 / 144 + z * (1.0 / 840 + z * (1.0 / 5760 + z * (1.0 / 45360 + z / 403200)))))));
+    return {duration * integral, duration * duration * by, factor};
+  }
+  return {(factor - 1) / slope, (factor * (z - 1) + 1) / (slope * slope), factor};
+}
+
+// A field, and the clock that a trajectory's crossings of whole cells are read from.
+struct Field {
+  double a, width;
+  int64_t cells;
+  std::vector<double> knots, velocities, slopes, clock;
+  std::vector<Crossing> crossings;
+  std::vector<Growth> whole;  // of each cell, for trajectories that stay in it
+  std::vector<char> crossed;  // cells that some trajectory crosses within the time
+
+  Field(const Tensor& velocities_, double a_, double b) : a(a_), cells(velocities_.numel() - 1) {
+    const Tensor given = velocities_.to(at::kDouble).contiguous();
+    velocities.assign(given.const_data_ptr<double>(), given.const_data_ptr<double>() + cells + 1);
+    width = (b - a) / static_cast<double>(cells);
+    for (int64_t k = 0; k <= cells; ++k) knots.push_back(k == cells ? b : a + width * static_cast<double>(k));
+    clock.push_back(0.0);
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const double v = velocities[cell], w = velocities[cell + 1];
+      slopes.push_back((w - v) / width);
+      whole.push_back(grow(slopes.back(), 1.0));
+      Crossing crossing{2.0, 0.0, 0.0};  // longer than the time there is: never left again
+      if (v * w > 0 && std::abs(v) > kAtRest && std::abs(w) > kAtRest) {
+        crossing = cross(width, std::abs(v), std::abs(w));
+      }
+      const bool within = crossing.time < 2;
+      crossed.push_back(within);
+      crossings.push_back(within ? crossing : Crossing{2.0, 0.0, 0.0});
+      clock.push_back(clock.back() + crossings.back().time);
+    }
+  }
+};
+
+// Gradients with respect to a field's parts, summed over nodes.
+struct FieldGradient {
+  std::vector<double> velocities, slopes, clock;
+  explicit FieldGradient(int64_t cells) : velocities(cells + 1, 0.0), slopes(cells, 0.0), clock(cells + 1, 0.0) {}
+
+  void add(const FieldGradient& other) {
+    for (size_t i = 0; i < velocities.size(); ++i) velocities[i] += other.velocities[i];
+    for (size_t i = 0; i < slopes.size(); ++i) slopes[i] += other.slopes[i];
+    for (size_t i = 0; i < clock.size(); ++i) clock[i] += other.clock[i];
+  }
+
+  // All of it as the gradient of the velocities.
+  const std::vector<double>& of_velocities(const Field& field) {
+    double later = 0.0;
+    for (int64_t cell = field.cells - 1; cell >= 0; --cell) {
+      later += clock[cell + 1];
+      if (field.crossed[cell]) {
+        const double sign = field.velocities[cell] > 0 ? 1.0 : -1.0;
+        velocities[cell] += sign * later * field.crossings[cell].by_speed;
+        velocities[cell + 1] += sign * later * field.crossings[cell].by_exit_speed;
+      }
+      velocities[cell] -= slopes[cell] / field.width;
+      velocities[cell + 1] += slopes[cell] / field.width;
+    }
+    return velocities;
+  }
+};
+
+// The flow from x in a cell for a unit of time, forward and, given gradients of its two results, backward.
+struct Trajectory {
+  const Field& field;
+  int64_t cell, exit_knot, last, entry_knot;
+  double x, velocity, direction, duration;
+  Crossing first;
+  Growth growth;
+  bool exits;
+  double y, slope;
+
+  Trajectory(const Field& f, int64_t cell_, double x_) : field(f), cell(cell_), last(cell_), entry_knot(0), x(x_) {
+    const double left = f.velocities[cell], right = f.velocities[cell + 1];
+    velocity = (left * (f.knots[cell + 1] - x) + right * (x - f.knots[cell])) / f.width;
+    const bool moving_right = velocity > 0;
+    direction = moving_right ? 1.0 : -1.0;
+    exit_knot = cell + moving_right;
+    const double exit_velocity = f.velocities[exit_knot];
+    exits = std::abs(velocity) > kAtRest && exit_velocity * direction > kAtRest && exit_knot > 0 && exit_knot < f.cells;
+    if (exits) {
+      first = cross(direction * (f.knots[exit_knot] - x), std::abs(velocity), std::abs(exit_velocity));
+      exits = first.time < 1;
+    }
+    if (!exits) {
+      duration = 1.0;
+      growth = f.whole[cell];
+      y = x + velocity * growth.integral;
+      slope = growth.factor;
+      return;
+    }
+    const double end = f.clock[exit_knot] + direction * (1 - first.time);
+    last = std::upper_bound(f.clock.begin(), f.clock.end(), end) - f.clock.begin() - 1;
+    last = moving_right ? std::max(last, exit_knot) : std::min(last, exit_knot - 1);
+    last = std::min(std::max<int64_t>(last, 0), f.cells - 1);
+    entry_knot = last + !moving_right;
+    duration = direction * (end - f.clock[entry_knot]);
+    growth = grow(f.slopes[last], duration);
+    y = f.knots[entry_knot] + f.velocities[entry_knot] * growth.integral;
+    slope = growth.factor * f.velocities[entry_knot] / velocity;
+  }
+
+  void backward(double grad_y, double grad_slope, FieldGradient& out) const {
+    const double last_slope = field.slopes[last];
+    const bool bounded = last_slope * duration < kLargestGrowth;  // else the factor is held
+    const double grad_growth = bounded ? grad_slope * slope : 0.0;
+    double grad_velocity;
+    if (!exits) {
+      grad_velocity = grad_y * growth.integral;
+      out.slopes[cell] += grad_y * velocity * growth.by_slope + grad_growth;
+    } else {
+      const double entry = field.velocities[entry_knot];
+      out.velocities[entry_knot] += grad_y * growth.integral + grad_slope * slope / entry;
+      out.slopes[last] += grad_y * entry * growth.by_slope + grad_growth * duration;
+      const double grad_duration = grad_y * entry * growth.factor + grad_growth * last_slope;
+      out.clock[exit_knot] += direction * grad_duration;
+      out.clock[entry_knot] -= direction * grad_duration;
+      out.velocities[exit_knot] -= direction * grad_duration * first.by_exit_speed;
+      grad_velocity = -direction * grad_duration * first.by_speed - grad_slope * slope / velocity;
+    }
+    const double share = (x - field.knots[cell]) / field.width;
+    out.velocities[cell] += grad_velocity * (1 - share);
+    out.velocities[cell + 1] += grad_velocity * share;
+  }
+};
+
+// What does not depend on the velocities: Phi and phi at the domain's nodes, and all columns outside the domain.
+struct Fixed {
+  std::vector<double> cdf, pdf;
+  std::vector<double> left[2], right[2];
+};
+
+double normal_cdf(double x) { return std::erfc(-x * std::sqrt(0.5)) / 2; }
+double normal_pdf(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * M_PI); }
+
+std::shared_ptr<const Fixed> fixed_nodes(const Settings& settings) {
+  static std::mutex mutex;
+  static std::map<Settings, std::shared_ptr<const Fixed>> kept;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& fixed = kept[settings];
+  if (fixed) return fixed;
+  const auto& [version, a, b, bins] = settings;
+  const Layout at(version, a, b, bins);
+  auto made = std::make_shared<Fixed>();
+  for (int64_t i = 0; i <= bins; ++i) {
+    const double x = a + at.width * static_cast<double>(i);
+    made->cdf.push_back(normal_cdf(x));
+    made->pdf.push_back(normal_pdf(x));
+  }
+  const auto gelu = [](std::vector<double>* columns, double x) {
+    columns[0].push_back(x * normal_cdf(x));
+    columns[1].push_back(normal_cdf(x) + x * normal_pdf(x));
+  };
+  for (int64_t i = 0; i <= at.left; ++i) gelu(made->left, at.low + at.width * static_cast<double>(i));
+  for (int64_t i = 0; i <= at.right; ++i) gelu(made->right, b + at.width * static_cast<double>(i));
+  if (version == "leaky") {
+    constexpr double slope = 0.01;  // as reference.LEAKY_SLOPE
+    made->left[0] = {slope * a}, made->left[1] = {slope};
+    made->right[0] = {b}, made->right[1] = {1.0};
+  } else {  // GELU's limits, from where it has reached them
+    made->left[0][0] = made->left[1][0] = 0.0;
+    made->right[0].back() = at.high, made->right[1].back() = 1.0;
+  }
+  return fixed = made;
+}
+
+constexpr int64_t kNodeGrain = 256;
+constexpr double kLargest = 1e36;  // as reference.LARGEST
+
+int64_t cell_of(int64_t node, int64_t bins, int64_t cells) { return std::min(node / (bins / cells), cells - 1); }
+
+template <typename A>
+void tabulate_into(const Field& field, const Settings& settings, A* out) {
+  const auto& [version, a, b, bins] = settings;
+  const Layout at(version, a, b, bins);
+  const auto fixed = fixed_nodes(settings);
+  const bool times_cdf = version == "ditac";
+  A *values = out + at.left + 1, *slopes = values + at.nodes;
+  divide(bins + 1, kNodeGrain, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double x = i == bins ? b : a + at.width * static_cast<double>(i);
+      const Trajectory flow(field, cell_of(i, bins, field.cells), x);
+      const double cdf = times_cdf ? fixed->cdf[i] : 1.0, pdf = times_cdf ? fixed->pdf[i] : 0.0;
+      values[i] = static_cast<A>(flow.y * cdf);
+      slopes[i] = static_cast<A>(std::min(flow.slope * cdf + flow.y * pdf, kLargest));
+    }
+  });
+  for (int row = 0; row < 2; ++row) {
+    A *middle = row ? slopes : values, *left = middle - at.left - 1, *right = middle + bins + 1;
+    if (version == "inf") {
+      left[0] = middle[0], right[0] = middle[bins];
+    } else {
+      for (int64_t i = 0; i <= at.left; ++i) left[i] = static_cast<A>(fixed->left[row][i]);
+      for (int64_t i = 0; i <= at.right; ++i) right[i] = static_cast<A>(fixed->right[row][i]);
+    }
+  }
+}
+
+Tensor make_table(const Field& field, const Settings& settings, const at::TensorOptions& options) {
+  const auto& [version, a, b, bins] = settings;
+  Tensor table = at::empty({2, Layout(version, a, b, bins).nodes}, options);
+  if (table.scalar_type() == at::kDouble) {
+    tabulate_into(field, settings, table.mutable_data_ptr<double>());
+  } else {
+    tabulate_into(field, settings, table.mutable_data_ptr<float>());
+  }
+  return table;
+}
+
+// Tables that were asked for twice. Under torch.compile an evaluated model tabulates at every call, of velocities that
+// do not change; the key is their values, so nothing here goes stale. In training no table is asked for twice.
+class Memory {
+ public:
+  template <typename F>
+  Tensor recall(const std::string& key, const F& make) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = tables_.find(key);
+      if (found != tables_.end() && found->second.defined()) return found->second.clone();
+    }
+    Tensor table = make();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (tables_.size() >= kMost) tables_.clear();
+    const auto [entry, is_new] = tables_.try_emplace(key);
+    if (!is_new) {
+      const c10::InferenceMode ordinary(false);
+      entry->second = table.clone();
+    }
+    return table;
+  }
+
+ private:
+  static constexpr size_t kMost = 1024;
+  std::mutex mutex_;
+  std::unordered_map<std::string, Tensor> tables_;
+};
+
+std::string key_of(const Field& field, const Settings& settings, at::ScalarType dtype) {
+  const auto& [version, a, b, bins] = settings;
+  std::string key = version;
+  const auto append = [&](const auto& value) { key.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
+  append(a), append(b), append(bins), append(dtype);
+  for (const double velocity : field.velocities) append(velocity);
+  return key;
+}
+
+Settings settings_of(std::string_view version, Domain domain, int64_t bins) {
+  return {std::string(version), domain[0], domain[1], bins};
+}
+
+Tensor tabulate(const Tensor& velocities, std::string_view version, Domain domain, int64_t bins) {
+  static Memory memory;
+  const Settings settings = settings_of(version, domain, bins);
+  const Field field(velocities, domain[0], domain[1]);
+  return memory.recall(key_of(field, settings, velocities.scalar_type()), [&] {
+    return make_table(field, settings, velocities.options());
+  });
+}
+
+Tensor tabulate_backward(
+    const Tensor& grad, const Tensor& velocities, std::string_view version, Domain domain, int64_t bins) {
+  const Settings settings = settings_of(version, domain, bins);
+  const Layout at(version, domain[0], domain[1], bins);
+  const Field field(velocities, domain[0], domain[1]);
+  const auto fixed = fixed_nodes(settings);
+  const bool times_cdf = version == "ditac", own_ends = version == "inf";
+  const Tensor given = grad.to(at::kDouble).contiguous();
+  const double *by_value = given.const_data_ptr<double>() + at.left + 1, *by_slope = by_value + at.nodes;
+  std::vector<FieldGradient> sums(at::get_num_threads(), FieldGradient(field.cells));
+  const int64_t tasks = divide(bins + 1, kNodeGrain, [&](int64_t task, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double g = by_value[i], g_slope = by_slope[i];
+      if (own_ends && (i == 0 || i == bins)) {  // these columns stand twice
+        const int64_t twin = i == 0 ? -1 : bins + 1;
+        g += by_value[twin], g_slope += by_slope[twin];
+      }
+      if (times_cdf) {
+        g = g * fixed->cdf[i] + g_slope * fixed->pdf[i];
+        g_slope *= fixed->cdf[i];
+      }
+      if (g == 0 && g_slope == 0) continue;
+      const double x = i == bins ? domain[1] : domain[0] + at.width * static_cast<double>(i);
+      Trajectory(field, cell_of(i, bins, field.cells), x).backward(g, g_slope, sums[task]);
+    }
+  });
+  for (int64_t task = 1; task < tasks; ++task) sums[0].add(sums[task]);
+  Tensor out = at::empty({field.cells + 1}, velocities.options().dtype(at::kDouble));
+  const auto& total = sums[0].of_velocities(field);
+  std::copy(total.begin(), total.end(), out.mutable_data_ptr<double>());
+  return out.to(velocities.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ditac, CPU, m) {
+  m.impl("tabulate", tabulate);
+  m.impl("tabulate_backward", tabulate_backward);
+  m.impl("lookup", lookup);
+  m.impl("lookup_backward", lookup_backward);
+}
