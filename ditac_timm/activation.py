@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import cpab, ops
 from .ops import reference
@@ -117,7 +118,10 @@ class DiTAC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return ops.lookup(x, self._table(dtype), self.version, self.domain, self.bins)
+        table = self._table(dtype)
+        if torch.compiler.is_compiling() and x.requires_grad and not torch.compiler.is_exporting():
+            x = _recomputable(x)
+        return ops.lookup(x, table, self.version, self.domain, self.bins)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         theta = self.theta
@@ -177,6 +181,23 @@ class DiTAC(nn.Module):
 
     def extra_repr(self) -> str:
         return f"version={self.version!r}, cells={self.cells}, domain={self.domain}, init={self.init!r}"
+
+
+def _recomputable(x: Tensor) -> Tensor:
+    """x itself, in a form that lets torch.compile make it anew for the gradient instead of keeping it.
+
+    After a normalisation the compiler keeps the convolution's output and recomputes the normalised one where the
+    gradient needs it; but never for an operator that it can't look into, such as `lookup`, which would cost a tensor
+    more than the base's activation does. Marked as checkpointed, this round trip may be recomputed, and all that is
+    fused into it. Nothing is computed for it: it is folded away, also after a linear layer, whose output is kept anyway.
+    """
+    if x.dtype == torch.float64:
+        return x
+    return checkpoint(_round_trip, x, use_reentrant=False)
+
+
+def _round_trip(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float32 else torch.float32).to(x.dtype)
 
 
 class FrozenDiTAC(nn.Module):

@@ -784,3 +784,92 @@ def test_a_huge_theta_gives_finite_numbers_in_float32(version):
     y = module(x)
     y.clamp(-1e3, 1e3).sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all() and module.theta.grad.isfinite().all()
+
+
+# --- Under torch.compile ----------------------------------------------------------------------------------------------
+
+
+def _saved_elements(model, x):
+    """Elements kept for backward, parameters aside; a storage counts once."""
+    sizes = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.itemsize
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    y.sum().backward()
+    return sum(sizes.values())
+
+
+NETWORKS = {
+    "convolution": lambda act: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 8, 3, padding=1)
+    ),
+    "linear": lambda act: nn.Sequential(nn.Flatten(0, 2), nn.Linear(64, 64), act(), nn.Linear(64, 8)),
+}
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_compiled_training_keeps_no_more_than_the_base(network):
+    """The compiler must be free to recompute what a normalisation made of a convolution's output."""
+    x = torch.randn(4, 3, 64, 64)
+    kept = []
+    for act in (nn.GELU, DiTAC):
+        torch.manual_seed(0)
+        kept.append(_saved_elements(torch.compile(NETWORKS[network](act), fullgraph=True), x))
+    table = 2 * 3083 + 11  # and the velocities
+    assert kept[1] <= kept[0] + table
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compiled_training_computes_the_same(dtype):
+    torch.manual_seed(0)
+    module, x = prior(), torch.randn(300, 5).to(dtype)
+    compiled = torch.compile(module, fullgraph=True)
+    expected = gradients(module, x, module)
+    for ours, reference in zip(gradients(compiled, x, module), expected, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_compiled_inside_a_checkpoint(use_reentrant):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(5, 5), prior(), nn.Linear(5, 5))
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=use_reentrant)
+
+    model, x = Net(), torch.randn(7, 5).requires_grad_()
+    (2 * model(x)).sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    (2 * torch.compile(model, backend="aot_eager")(x)).sum().backward()
+    for parameter, reference in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, reference)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_one_graph_for_training_and_one_for_evaluation():
+    module, compilations = prior(), []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled, x = torch.compile(module, fullgraph=True, backend=backend), torch.randn(50)
+    for _ in range(3):
+        for mode in (True, False):
+            module.train(mode)
+            with torch.set_grad_enabled(mode):
+                compiled(x)
+            with torch.no_grad():
+                module.theta.mul_(0.9)
+    assert len(compilations) == 2
