@@ -189,7 +189,7 @@ def _recomputable(x: Tensor) -> Tensor:
     After a normalisation the compiler keeps the convolution's output and recomputes the normalised one where the
     gradient needs it; but never for an operator that it can't look into, such as `lookup`, which would cost a tensor
     more than the base's activation does. Marked as checkpointed, this round trip may be recomputed, and all that is
-    fused into it. Nothing is computed for it: it is folded away, also after a linear layer, whose output is kept anyway.
+    fused into it. The compiler folds it away, also after a linear layer, whose output is kept anyway.
     """
     if x.dtype == torch.float64:
         return x
