@@ -1,0 +1,1 @@
+"""What `benchmark.py` measures with; the library itself never imports it."""
