@@ -176,8 +176,9 @@ class DiTAC(nn.Module):
     def fuse(self) -> "FrozenDiTAC":
         """This activation with theta fixed, for deployment; `timm.utils.reparameterize_model` fuses a whole model."""
         dtype = torch.float64 if self.theta.dtype == torch.float64 else torch.float32
-        layout = reference.Layout(self._table(dtype), self.version, self.domain, self.bins)
-        return FrozenDiTAC(layout.lines(self._table(dtype)), layout.low, layout.width)
+        table = self._table(dtype)[:2]
+        layout = reference.Layout(table, self.version, self.domain, self.bins)
+        return FrozenDiTAC(layout.lines(table), layout.low, layout.width)
 
     def extra_repr(self) -> str:
         return f"version={self.version!r}, cells={self.cells}, domain={self.domain}, init={self.init!r}"

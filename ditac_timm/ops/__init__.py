@@ -77,9 +77,17 @@ def _load_cpu() -> None:
     cpu.load()
 
 
+def _load_cuda() -> None:
+    from . import triton
+
+    for name in _OPERATORS:
+        torch.library.impl(f"ditac::{name}", "CUDA", getattr(triton, name))
+
+
 _first_calls: dict[str, _FirstCall] = {}
 if os.environ.get("DITAC_DISABLE_KERNELS", "0") in ("", "0"):
     _first_calls["cpu"] = _FirstCall("CPU", "C++", _load_cpu)
+    _first_calls["cuda"] = _FirstCall("CUDA", "Triton", _load_cuda)
 
 
 def kernel(device: torch.device | str) -> str:
@@ -101,7 +109,8 @@ def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: in
         bins: Number of bins on the domain, a multiple of the number of cells.
 
     Returns:
-        `(2, nodes)` of velocities' dtype: values and derivatives, see `reference.py`.
+        Values and derivatives, `(2, nodes)` of velocities' dtype, see `reference.py`; on CUDA the Jacobian below them,
+        see `triton.py`.
 
     Raises:
         ValueError: An argument does not fit.
@@ -125,7 +134,7 @@ def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins
 
     Args:
         x: Any shape and floating dtype.
-        table: `(2, nodes)`, float32 or float64.
+        table: As `tabulate` made it.
         version: As for `tabulate`.
         domain: As for `tabulate`.
         bins: As for `tabulate`.
@@ -168,7 +177,12 @@ def _refuse_forward_mode(*tensors: Tensor) -> None:
 
 @torch.library.register_fake("ditac::tabulate")
 def _(velocities, version, domain, bins):
-    return velocities.new_empty(2, reference.nodes(version, domain, bins))
+    rows = 2
+    if velocities.device.type == "cuda" and kernel("cuda") == "Triton":
+        from . import triton
+
+        rows = triton.table_rows(velocities)
+    return velocities.new_empty(rows, reference.nodes(version, domain, bins))
 
 
 @torch.library.register_fake("ditac::tabulate_backward")
@@ -196,7 +210,8 @@ def _tabulate_backward(ctx, grad):
     if torch.is_grad_enabled():  # create_graph=True: once more in operators that have a derivative themselves
         with torch.enable_grad():
             table = reference.tabulate(velocities, *ctx.settings)
-            grad_velocities = torch.autograd.grad(table, velocities, grad, create_graph=True)[0]
+            grad_velocities = torch.autograd.grad(table, velocities, grad[:2], create_graph=True)[0]
+            grad_velocities = grad_velocities + grad[2:].sum(1) if len(grad) > 2 else grad_velocities
     else:
         grad_velocities = torch.ops.ditac.tabulate_backward.default(grad, velocities, *ctx.settings)
     return grad_velocities, None, None, None
@@ -210,7 +225,8 @@ def _save_lookup(ctx, inputs, output):
 def _lookup_backward(ctx, grad):
     x, table = ctx.saved_tensors
     if torch.is_grad_enabled():
-        grad_x, grad_table = reference.lookup_backward_differentiable(grad, x, table, *ctx.settings)
+        grad_x, grad_table = reference.lookup_backward_differentiable(grad, x, table[:2], *ctx.settings)
+        grad_table = torch.nn.functional.pad(grad_table, (0, 0, 0, len(table) - 2))
     else:
         grad_x, grad_table = torch.ops.ditac.lookup_backward.default(
             grad, x, table, *ctx.settings, *ctx.needs_input_grad[:2]
