@@ -9,7 +9,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python demo.py
 
+# Twice what computes: once by the plain torch that remains where there is no compiler, and then all with the kernels.
 test: lint
+	DITAC_DISABLE_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_ops.py tests/test_activation.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not sweep" -n 2 --dist loadfile
 
 lint: $(READY)

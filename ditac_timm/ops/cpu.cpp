@@ -1,4 +1,4 @@
-// The operators for the CPU. reference.py defines what they compute and how a table is laid out; cpu.py builds this file.
+// The operators for the CPU. reference.py defines what they compute and how tables are laid out; cpu.py builds this.
 //
 // A lookup is one 8-byte load of (intercept, slope) and one multiply-add an element. The lines lie in the first-level
 // cache. Eight scalar loads beat a gather instruction on every processor tried, so vectors are taken apart for them and
@@ -15,6 +15,7 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -379,10 +380,14 @@ struct Growth {
 
 inline Growth grow(double slope, double duration) {
   const double z = std::min(slope * duration, kLargestGrowth), factor = std::exp(z);
-  if (std::abs(z) < 0.1) {
-    const double integral = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8))))));
-    const double by = 1.0 / 2 + z * (1.0 / 3 + z * (1.0 / 8 + z * (1.0 / 30 + z * (1.0 / 144 + z * (1.0 / 840 + z * (1.0 / 5760 + z * (1.0 / 45360 + z / 403200)))))));
-    return {duration * integral, duration * duration * by, factor};
+  if (std::abs(z) < 0.1) {  // by the series of (e^z - 1) / z, and of its derivative
+    constexpr double terms[] = {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0};
+    double value = 0.0, derivative = 0.0;
+    for (const double term : terms) {
+      derivative = derivative * z + value;
+      value = value * z + term;
+    }
+    return {duration * value, duration * duration * derivative, factor};
   }
   return {(factor - 1) / slope, (factor * (z - 1) + 1) / (slope * slope), factor};
 }
@@ -594,7 +599,8 @@ Tensor make_table(const Field& field, const Settings& settings, const at::Tensor
 }
 
 // Tables that were asked for twice. Under torch.compile an evaluated model tabulates at every call, of velocities that
-// do not change; the key is their values, so nothing here goes stale. In training no table is asked for twice.
+// do not change; the key is their values, so nothing here goes stale. In training no table is asked for twice. What is
+// handed out is a copy, for a compiler may write over what an operator returned.
 class Memory {
  public:
   template <typename F>
