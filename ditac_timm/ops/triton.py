@@ -36,11 +36,11 @@ MAX_CELLS = 255
 # Fixed, not tuned at run time, so that sums are taken in the same order in every run. `lookup` moves 8 elements a
 # thread, one 16-byte access in half precision and two in float32. `lookup_backward`, which is held up by its gathers
 # and not by memory, has one element a thread: so the layout of loads is that of the sums, up to 16 a thread in
-# registers, and nothing goes through shared memory. Its 40 registers let 6 programs of 8 warps run at once.
+# registers, and nothing goes through shared memory. All its programs should fit on the processors at once.
 _FORWARD_BLOCK, _FORWARD_WARPS = 2048, 8
 _BACKWARD_BLOCK, _BACKWARD_WARPS = 256, 8
 _VELOCITIES_AT_ONCE = 16
-_PROGRAMS_PER_PROCESSOR = 6
+_PROGRAMS_PER_PROCESSOR = 4
 _TABULATE_ENTRIES, _TABULATE_WARPS = 1024, 4  # nodes times velocities in a program
 
 
@@ -69,8 +69,8 @@ def tabulate(velocities: Tensor, version: str, domain: Sequence[float], bins: in
 
 
 def tabulate_backward(grad: Tensor, velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
-    """As `reference.tabulate_backward`, for `grad` of the shape of `tabulate`'s table."""
-    if table_rows(velocities) == 2:
+    """As `reference.tabulate_backward`, for `grad` of the shape of `tabulate`'s table, or of its rows 0 and 1 alone."""
+    if 2 in (table_rows(velocities), grad.shape[0]):
         return reference.tabulate_backward(grad, velocities, version, domain, bins)
     constants, left = _constants(version, domain, bins, velocities.device)
     velocities, grad = velocities.contiguous(), grad.contiguous()
@@ -397,7 +397,8 @@ def _position(x, low, inverse_width, left, bins, right):
     position = (x - low) * inverse_width
     total = left + bins + right
     bounded = tl.minimum(tl.maximum(position, 0.0), total.to(x.dtype))
-    index = tl.minimum(bounded.to(tl.int32), total - 1)
+    # Clamped after the cast too: not every way of running this takes the number when the other is NaN.
+    index = tl.maximum(tl.minimum(bounded.to(tl.int32), total - 1), 0)
     return position, index, bounded - index.to(x.dtype)
 
 
@@ -481,6 +482,7 @@ def _lookup_backward_kernel(
             known = inside[None, :] & (velocity < KNOTS)
             at = jacobian + (index + 1)[None, :]
             start = tl.load(at, known, 0.0)
+            weight = tl.where(inside, weight, 0.0)
             value = start + weight[None, :] * (tl.load(at + 1, known, 0.0) - start)
             gathered += tl.where(inside, weight_y, 0.0)[None, :] * value
         begin += step
