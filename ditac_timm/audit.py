@@ -5,6 +5,7 @@ Modules tell what a model has; only a forward tells what it calls. Operators are
 """
 
 import copy
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _source() -> str:
-    beneath = (str(Path(torch.__file__).parent), __file__, "<")
+    beneath = (f"{Path(torch.__file__).parent}{os.sep}", __file__, "<")
     frame = sys._getframe(1)
     while frame.f_back and frame.f_code.co_filename.startswith(beneath):
         frame = frame.f_back

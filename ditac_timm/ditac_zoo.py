@@ -22,7 +22,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import nn
 
 from .activation import DiTAC
-from .surgery import SurgeryReport, operate, replace_activations
+from .surgery import NothingMatchedError, SurgeryReport, replace_activations
 
 __all__ = ["create_model"]  # register_model adds the architectures
 
@@ -167,6 +167,10 @@ class _WithDiTAC(nn.Module):
     ):
         """A base model's weights leave theta as it is; a DiTAC model's must have every theta, strict or not."""
         thetas = {prefix + name: theta for name, theta in _thetas(self).items()}
+        # What MobileNetV3 holds as `bn1.act`, its twin for `features_only` holds as `act1`.
+        stem, twin = f"{prefix}bn1.act.theta", f"{prefix}act1.theta"
+        if stem in state_dict and stem not in thetas and twin in thetas:
+            state_dict[twin] = state_dict.pop(stem)
         missing = [key for key in thetas if key not in state_dict]
         if len(missing) == len(thetas) and not any(key.endswith(".theta") for key in state_dict):
             state_dict.update(thetas)
@@ -185,7 +189,8 @@ class _WithDiTAC(nn.Module):
     def reset_classifier(self, *args, **kwargs):
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
         # MetaFormer's makes a new head, with an activation in it.
-        operate(self, **self.ditac_arguments)
+        with contextlib.suppress(NothingMatchedError):
+            replace_activations(self, **self.ditac_arguments)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so a pickle names the base's.

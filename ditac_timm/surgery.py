@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timm.layers import activations, activations_me
+from timm.layers import DropPath, activations, activations_me
 from timm.models import metaformer, mobilevit, nfnet, register_notrace_module
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -35,6 +35,7 @@ DEFAULT_ROLES = ("main", "glu")
 
 _GATES = (nn.Sigmoid, nn.Hardsigmoid, activations.Sigmoid, activations.HardSigmoid, activations_me.HardSigmoidMe)
 _SOFTMAXES = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
+_NO_ACTIVATIONS = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath)
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.LogSigmoid,
@@ -62,6 +63,13 @@ _SE_ATTRIBUTES = {("SplitAttn", "act1")}
 _POS_CLASSES = {"RelPosMlp"}
 _POS_ATTRIBUTES = {"cpb_mlp", "meta_mlp"}
 _KERNEL_ATTRIBUTES = {"kernel_func"}
+
+# Wrappers that gather the parameters they find when made; by name, because not every build of PyTorch has them.
+_PARALLEL_CLASSES = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+class NothingMatchedError(ValueError):
+    """No activation matched; the model is as it was."""
 
 
 @dataclass
@@ -139,7 +147,8 @@ def replace_activations(
     """Replace a model's activations by DiTAC, in place.
 
     An instance that stands at several paths stays one instance; forward and backward hooks move to the new module;
-    device and dtype come from the parameters beside it. `nn.Identity`, softmax and dropout are never touched.
+    device and dtype come from the parameters beside it. `nn.Identity`, softmax and dropout are never touched, and
+    an error leaves the whole model untouched.
 
     >>> report = replace_activations(nn.Sequential(nn.Linear(2, 2), nn.GELU()))
     >>> report.replaced
@@ -160,29 +169,16 @@ def replace_activations(
         A report; `print` it.
 
     Raises:
-        ValueError: Nothing matched, an unknown role, or an argument that `DiTAC` refuses.
+        ValueError: Nothing matched (`NothingMatchedError`), an unknown role, an argument that `DiTAC` refuses, or a
+            class in `types` that is no function of one number.
         TypeError: A compiled, scripted or data-parallel model, or an argument that `DiTAC` does not have.
     """
-    report = operate(model, roles=roles, types=types, filter_fn=filter_fn, init=init, **ditac_kwargs)
-    if not report.replaced:
-        raise ValueError(_nothing_matched(report, roles, types, filter_fn))
-    return report
-
-
-def operate(
-    model: nn.Module,
-    *,
-    roles: Sequence[str] = DEFAULT_ROLES,
-    types: Sequence[type | str] | None = None,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    init: str = "match",
-    **ditac_kwargs,
-) -> SurgeryReport:
-    """`replace_activations` that is content when nothing matches."""
     _check_model(model)
     unknown = [role for role in roles if role not in ROLES]
     if isinstance(roles, str) or unknown:
         raise ValueError(f"roles must be a sequence of {', '.join(ROLES)}, but is {roles!r}.")
+    if isinstance(types, (str, type)):
+        raise ValueError(f"types must be a sequence of classes or their names, but is {types!r}.")
     if init not in ("match", "identity", "prior"):
         raise ValueError(f"init must be one of match, identity, prior, but is {init!r}.")
     refused = sorted(set(ditac_kwargs) - {"version", "cells", "domain"})
@@ -194,7 +190,8 @@ def operate(
     }  # fmt: skip
     report = SurgeryReport(type(model).__name__, settings)
     new_modules: dict[int, tuple[nn.Module, nn.Module, matching.Fit | None]] = {}  # the old one is kept alive: by id
-    for found in list(_find(model, types)):
+    places: list[tuple[_Found, nn.Module]] = []
+    for found in _find(model, types):
         reason = found.reason(roles, types, filter_fn)
         if reason:
             report.skipped[found.path] = reason
@@ -205,25 +202,34 @@ def operate(
         _, new, fit = new_modules[id(found.module)]
         report.replaced[found.path] = found.old_name
         report.roles[found.path] = found.role
-        found.put(new)
+        places.append((found, new))
         if fit:
             report.fits[found.path] = fit
+    if not places:
+        raise NothingMatchedError(_nothing_matched(model, report, roles, types, filter_fn))
+    for found, new in places:
+        found.put(new)
     return report
 
 
 def _check_model(model: nn.Module) -> None:
-    name = type(model).__name__
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TypeError(f"Replace the activations before the model is wrapped: {name} already holds its parameters.")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("Replace the activations before torch.compile: a compiled model would not see the change.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("A TorchScript model can't be changed; replace the activations before scripting or tracing.")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, but is a {name}.")
+        raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}.")
+    for path, module in model.named_modules():
+        name = type(module).__name__ + (f" at {path}" if path else "")
+        if _PARALLEL_CLASSES & {cls.__name__ for cls in type(module).__mro__}:
+            raise TypeError(
+                f"Replace the activations before the model is wrapped: {name} already holds its parameters."
+            )
+        if hasattr(module, "_orig_mod"):
+            raise TypeError(f"Replace the activations before torch.compile: {name} is already compiled.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"Replace the activations before scripting or tracing: {name} can't be changed any more.")
 
 
-def _nothing_matched(report, roles, types, filter_fn) -> str:
+def _nothing_matched(model, report, roles, types, filter_fn) -> str:
+    if _kind(model, types) in ("activation", "gate", "softmax", "done"):
+        return f"{report.model} is itself an activation: give the module that holds it."
     asked = [f"roles {', '.join(roles)}"]
     if types is not None:
         asked.append(f"types {', '.join(t if isinstance(t, str) else t.__name__ for t in types)}")
@@ -242,7 +248,7 @@ class _Found:
     module: nn.Module
     ancestors: list[tuple[str, nn.Module]]  # from the root: (name within the parent, module)
     name: str
-    kind: str  # activation, gate, softmax, fused, functional or done
+    kind: str  # activation, gate, softmax, none, fused, functional or done
 
     @property
     def parent(self) -> nn.Module:
@@ -274,6 +280,8 @@ class _Found:
             return "already DiTAC"
         if self.kind == "softmax":
             return f"{name} is no function of one number"
+        if self.kind == "none":
+            return f"{name} is no activation"
         if self.kind == "fused":
             return f"{name} fuses norm and activation"
         if self.role not in roles:
@@ -293,14 +301,14 @@ class _Found:
         return {}
 
     def put(self, new: nn.Module) -> None:
-        if self.kind == "functional":
-            self.module.__class__ = _FUNCTIONAL[type(self.module)].replacement
-            self.module.add_module("act", new)
-        else:
+        if self.kind != "functional":
             setattr(self.parent, self.name, new)
             if isinstance(self.parent, nn.TransformerEncoderLayer):
                 # Its fused path, taken in eval, would go on computing the old one.
                 self.parent.activation_relu_or_gelu = 0
+        elif type(self.module) in _FUNCTIONAL:  # else it stands at another path too, and has changed already
+            self.module.__class__ = _FUNCTIONAL[type(self.module)].replacement
+            self.module.add_module("act", new)
 
 
 def _find(model: nn.Module, types: Sequence[type | str] | None) -> Iterator[_Found]:
@@ -335,8 +343,9 @@ def _kind(module: nn.Module, types: Sequence[type | str] | None) -> str | None:
             if cls.forward is base.forward:
                 return "gate" if base in _GATES else "activation"
             break
-    named = types is not None and (cls in types or cls.__name__ in types)
-    return "activation" if named else None
+    if types is None or (cls not in types and cls.__name__ not in types):
+        return None
+    return "none" if isinstance(module, _NO_ACTIVATIONS) else "activation"
 
 
 def _make(found: _Found, init: str, template: DiTAC) -> tuple[nn.Module, matching.Fit | None]:
@@ -350,7 +359,13 @@ def _make(found: _Found, init: str, template: DiTAC) -> tuple[nn.Module, matchin
         function, gain = old.act_fn, old.gamma
     fit = None
     if init == "match":
-        fit = matching.match(function, act)
+        try:
+            fit = matching.match(function, act)
+        except Exception as error:  # whatever a class named in types may do to one number
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{found.old_name} at {found.path} is no function of one number, leave it out of types: {reason}"
+            ) from error
         act.start_from(fit.theta)
     act.train(old.training)
     new: nn.Module = act if gain is None else ScaledActivation(act, gain)

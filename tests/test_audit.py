@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from timm.layers import EvoNorm2dS0, FilterResponseNormTlu2d
 from torch import nn
 
@@ -226,3 +227,8 @@ def test_call_is_a_value():
     call = ActivationCall("relu", "layer1", "model.py:3")
     assert call == ActivationCall("relu", "layer1", "model.py:3", 1)
     assert str(call) == "relu in layer1 (model.py:3)"
+
+
+def test_source_of_a_package_whose_name_begins_like_torchs():
+    (call, *_) = audit_activations(torchvision.models.resnet18(), (3, 64, 64))
+    assert call.source.startswith("torchvision/models/resnet.py:")

@@ -370,6 +370,25 @@ with torch.no_grad():
     assert run.stdout == "5\n"
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_reloads_as_features(name, tmp_path):
+    """Every theta that the features hold, also where timm's feature model names the stem otherwise."""
+    model = scramble(build(name, num_classes=7))
+    features = timm.create_model(save(model, tmp_path), pretrained=True, features_only=True).eval()
+    saved = {key.replace(".", "_"): theta for key, theta in thetas(model).items()}  # stages_0... for stages.0...
+    saved["act1_theta"] = saved.get("act1_theta", saved.get("bn1_act_theta"))
+    found = thetas(features)
+    assert found
+    for key, theta in found.items():
+        assert torch.equal(theta, saved[key.replace(".", "_")]), key
+    x = image(name, batch=1)
+    with torch.no_grad():
+        ours, expected = features(x)[-2:], model.forward_intermediates(x, intermediates_only=True)[-2:]
+    if "swin" in name:  # channels last, in timm too
+        expected = [feature.permute(0, 2, 3, 1) for feature in expected]
+    assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "mobilevitv2_050", "caformer_s18", "mobilenetv3_ditac"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies(name, way):

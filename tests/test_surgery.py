@@ -13,10 +13,11 @@ import torch.nn.functional as F
 import torchvision
 from timm.models import metaformer, mobilevit, nfnet
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from ditac_timm import DiTAC, SurgeryReport, audit_activations, replace_activations
 from ditac_timm.matching import match
-from ditac_timm.surgery import ROLES, ScaledActivation
+from ditac_timm.surgery import ROLES, NothingMatchedError, ScaledActivation
 
 ALL = ("main", "glu", "se", "pos", "kernel")
 
@@ -446,6 +447,13 @@ def test_linear_self_attention_uses_its_ditac_and_trains_it():
     assert model[0].act.theta.grad.abs().sum() > 0
 
 
+def test_a_shared_linear_self_attention_changes_once():
+    attention = linear_attention()
+    report = replace_activations(nn.Sequential(attention, attention), roles=["kernel"])
+    assert list(report.replaced) == ["0.act", "1.act"]
+    assert isinstance(attention.act, DiTAC)
+
+
 @pytest.mark.parametrize("way", ["compile", "export", "deepcopy", "pickle"])
 def test_linear_self_attention_in_pytorchs_ways(way):
     model = nn.Sequential(linear_attention())
@@ -518,6 +526,8 @@ def test_transformer_encoder_layer_with_a_function_has_no_module_to_replace():
         ({"filter_fn": lambda *_: False}, "the filter"),
         ({"roles": ("main", "body")}, r"roles must be a sequence of main, glu, .*'body'"),
         ({"roles": "main"}, "roles must be a sequence of .* but is 'main'"),
+        ({"types": "ReLU6"}, "types must be a sequence of classes or their names, but is 'ReLU6'"),
+        ({"types": nn.ReLU}, "types must be a sequence of classes or their names, but is <class .*ReLU'>"),
         ({"init": "zeros"}, "init must be one of match, identity, prior, but is 'zeros'"),
         ({"version": "relu"}, "version must be one of ditac, ge, leaky, inf"),
         ({"cells": 1}, "cells must be at least 2"),
@@ -533,6 +543,31 @@ def test_wrong_arguments(arguments, message):
     assert [*model.modules()] == before
 
 
+@pytest.mark.parametrize(("odd", "name"), [(nn.GLU(), "GLU"), (nn.Linear(3, 3), "Linear")])
+def test_a_named_class_that_is_no_function_of_one_number_leaves_the_model_whole(odd, name):
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(odd), nn.ReLU())
+    before = [*model.modules()]
+    with pytest.raises(ValueError, match=rf"^{name} at 1\.0 is no function of one number, leave it out") as error:
+        replace_activations(model, types=["ReLU", name])
+    assert "\n" not in str(error.value)
+    assert [*model.modules()] == before
+
+
+@pytest.mark.parametrize("stays", [nn.Identity(), nn.Dropout(0.1), nn.AlphaDropout(0.1)])
+def test_identities_and_dropout_stay_where_named(stays):
+    model, name = mlp(nn.ReLU(), stays), type(stays).__name__
+    assert replace_activations(model, types=["ReLU", name]).skipped == {"3": f"{name} is no activation"}
+    assert model[3] is stays
+    with pytest.raises(NothingMatchedError, match=f"{name} is no activation"):
+        replace_activations(model, types=[name])
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sigmoid(), DiTAC()])
+def test_an_activation_by_itself(model):
+    with pytest.raises(ValueError, match="is itself an activation: give the module that holds it"):
+        replace_activations(model)
+
+
 @pytest.mark.parametrize("argument", ["device", "inplace", "cell", "role"])
 def test_unknown_arguments(argument):
     with pytest.raises(TypeError, match=f"takes version, cells and domain for DiTAC, but not {argument}"):
@@ -544,12 +579,17 @@ def test_a_model_without_activations():
         replace_activations(nn.Linear(2, 2))
 
 
-def distributed(model, tmp_path):
+def distributed(model, tmp_path, wrap=nn.parallel.DistributedDataParallel):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        return nn.parallel.DistributedDataParallel(model)
+        return wrap(model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def sharded(model, tmp_path):
+    mesh = partial(torch.distributed.device_mesh.init_device_mesh, "cpu", (1,))
+    return distributed(model, tmp_path, lambda model: fully_shard(model, mesh=mesh()))
 
 
 @pytest.mark.parametrize(
@@ -557,19 +597,24 @@ def distributed(model, tmp_path):
     [
         (distributed, "before the model is wrapped: DistributedDataParallel"),
         (lambda model, _: nn.DataParallel(model), "before the model is wrapped: DataParallel"),
+        (sharded, "before the model is wrapped: FSDPSequential"),
         (lambda model, _: torch.compile(model), "before torch.compile"),
         (lambda model, _: torch.jit.script(model), "before scripting or tracing"),
         (lambda model, _: torch.jit.trace(model, torch.zeros(1, 4)), "before scripting or tracing"),
         (lambda model, _: model.state_dict(), "must be a torch.nn.Module, but is a"),
     ],
-    ids=["ddp", "dp", "compile", "script", "trace", "no module"],
+    ids=["ddp", "dp", "fsdp2", "compile", "script", "trace", "no module"],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_models_that_cannot_be_changed(wrap, message, tmp_path):
     model = mlp(nn.ReLU())
+    wrapped = wrap(model, tmp_path)
     with pytest.raises(TypeError, match=message):
-        replace_activations(wrap(model, tmp_path))
+        replace_activations(wrapped)
     assert isinstance(model[1], nn.ReLU)
+    if isinstance(wrapped, nn.Module):
+        with pytest.raises(TypeError, match=f"{message}.* at 0"):
+            replace_activations(nn.Sequential(wrapped, nn.ReLU()))
 
 
 def test_a_module_compiled_in_place():
