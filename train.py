@@ -64,6 +64,8 @@ def train(args: argparse.Namespace) -> None:
     flags = dict(vars(args))  # as given, before values are filled in
     args.device = resolve_device(args.device)
     check_train_flags(args)
+    if args.resume:  # replaces the weights that the run started from, which its args.yaml names
+        args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ""
     models.check_model_name(args.model)
     data.check_data_dir(args)
     resume_file = checkpoints.find_checkpoint(args.resume, "--resume") if args.resume else None
@@ -168,13 +170,20 @@ def create_model(args: argparse.Namespace, resumed: dict[str, Any]) -> tuple[Any
         set_fast_norm()
     arguments = models.model_arguments(args)
     arguments |= models.image_size_argument(args.model, arguments, args)
+    pretrained_path, pretrained = None, {}
+    if args.pretrained_path:
+        pretrained_path = checkpoints.find_checkpoint(args.pretrained_path, "--pretrained-path")
+        pretrained = checkpoints.read_checkpoint(pretrained_path, "--pretrained-path")
     model = models.build_model(
         args.model,
         arguments,
-        pretrained=args.pretrained and not resumed,  # a resumed run's weights replace them
-        pretrained_cfg_overlay={"file": args.pretrained_path, "num_classes": -1} if args.pretrained_path else None,
+        pretrained=args.pretrained,
+        pretrained_path=pretrained_path,
         **models.regularisation_arguments(args),
     )
+    if pretrained:
+        weights = pretrained.get("state_dict_ema", pretrained["state_dict"])
+        checkpoints.check_loaded(model, weights, f"--pretrained-path {pretrained_path}")
     arch, arguments = models.source_of(model, args.model, arguments)
     arguments = {**arguments, "num_classes": model.num_classes}
     if args.initial_checkpoint:
@@ -197,6 +206,8 @@ def create_task(
     task = ClassificationTask(
         model, create_loss(args), device=precision.device, dtype=precision.model_dtype, verbose=False
     )
+    if "state_dict_ema" in resumed and not args.model_ema:
+        raise UsageError(f"--resume {args.resume} holds averaged weights, which would be lost: give --model-ema")
     if args.model_ema:
         task.setup_ema(
             args.model_ema_decay,

@@ -10,6 +10,7 @@ checkpoint gives the run's last top-1 exactly, evaluated in the same precision.
 
 import argparse
 import csv
+import io
 import json
 import logging
 import sys
@@ -70,6 +71,7 @@ def _evaluate(args: argparse.Namespace, file: Path | None, device: torch.device)
     saved_config = checkpoint.get("data_config")
     config = data.resolve_data_config(args, model, saved_config, not args.use_train_size)
     dataset = data.create_split(args, args.split, "--split", config, num_samples=args.num_samples)
+    data.check_folder(args, args.split, "--split", dataset, flat=True)
     data.check_classes(args, dataset, args.split, model.num_classes)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -131,13 +133,15 @@ def create_model(args: argparse.Namespace, checkpoint: dict[str, Any]) -> tuple[
 
 def write_results(file: Path, results: dict[str, Any], file_format: str | None = None) -> None:
     """Write one line of csv, or json, as the format or else the file's extension says."""
-    with checkpoints.reported_write_errors(file), open(file, "w", newline="") as stream:
-        if (file_format or file.suffix.removeprefix(".")) == "json":
-            json.dump(results, stream, indent=4)
-        else:
-            writer = csv.DictWriter(stream, fieldnames=results.keys())
-            writer.writeheader()
-            writer.writerow(results)
+    text = io.StringIO()
+    if (file_format or file.suffix.removeprefix(".")) == "json":
+        json.dump(results, text, indent=4)
+    else:
+        writer = csv.DictWriter(text, fieldnames=results.keys())
+        writer.writeheader()
+        writer.writerow(results)
+    with checkpoints.reported_write_errors(file):
+        checkpoints.write_atomically(file, lambda stream: stream.write(text.getvalue().encode()))
 
 
 def _log_how_it_was_evaluated(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:

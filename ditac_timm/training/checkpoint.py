@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict, parse_model_name
 from timm.scheduler import PlateauLRScheduler
@@ -23,10 +22,14 @@ from timm.utils import NativeScaler
 from torch import nn
 
 from ditac_timm.training.errors import RunError, UsageError
+from ditac_timm.training.model import FLAGS
 
 _logger = logging.getLogger(__name__)
 
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
+
+# What is read of a checkpoint, each where it is there.
+_KINDS = {"state_dict": dict, "state_dict_ema": dict, "model_args": dict, "data_config": dict, "arch": str}
 
 
 def find_checkpoint(path: str, flag: str) -> Path:
@@ -59,18 +62,23 @@ def read_checkpoint(file: Path, flag: str) -> dict[str, Any]:
             f"{flag} {file} holds more than tensors and plain values, or is no checkpoint: "
             "it is not loaded, because that could run code"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), "it ends too early")
+    except Exception as error:  # bytes that are no checkpoint may break the reader anywhere
+        reason = getattr(error, "strerror", None) or "it is damaged, ends too early, or is another kind of file"
         raise UsageError(f"{flag} {file} is not a whole checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{flag} {file} holds no weights")
     if "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint.get("model", checkpoint)}
+    for key, kind in _KINDS.items():
+        if key in checkpoint and not isinstance(checkpoint[key], kind):
+            found = type(checkpoint[key]).__name__
+            raise UsageError(f"{flag} {file} is not a checkpoint to use: its {key} is a {found}, not a {kind.__name__}")
     for key in ("state_dict", "state_dict_ema"):
+        for name, value in checkpoint.get(key, {}).items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                raise UsageError(f"{flag} {file} holds no weights")
         if key in checkpoint:
             checkpoint[key] = clean_state_dict(checkpoint[key])
-    if not all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values()):
-        raise UsageError(f"{flag} {file} holds no weights")
     return checkpoint
 
 
@@ -86,8 +94,11 @@ def check_same_model(checkpoint: dict[str, Any], flag: str, name: str, arguments
         was, asked = saved_arguments.get(key), arguments.get(key)
         # As JSON, because a list and a tuple of the same numbers build the same model.
         if json.dumps(was, default=str) != json.dumps(asked, default=str):
-            option = {"num_classes": "--num-classes", "in_chans": "--in-chans", "global_pool": "--gp"}.get(key, key)
-            raise UsageError(f"{flag} is a checkpoint with {option} {was}, not {asked}")
+            option = FLAGS.get(key, key)
+            if was is None:  # the architecture's own
+                raise UsageError(f"{flag} is a checkpoint without {option}: leave {option} {asked} out")
+            remedy = f"give {option} {was}" if asked is None else f"not {asked}"
+            raise UsageError(f"{flag} is a checkpoint with {option} {was}, {remedy}")
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], flag: str) -> None:
@@ -103,6 +114,14 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], flag: str) 
         }
         found = [f"{len(names)} {problem} (first: {names[0]})" for problem, names in problems.items() if names]
         raise UsageError(f"{flag} does not fit --model and --num-classes, tensors are {', '.join(found)}") from error
+
+
+def check_loaded(model: nn.Module, weights: dict[str, torch.Tensor], flag: str) -> None:
+    """Refuse weights of which a model took none: timm, which renames some and leaves some out, would not say so."""
+    for own in model.parameters():
+        if own.ndim > 1 and own.any() and any(own.shape == w.shape and torch.equal(own, w) for w in weights.values()):
+            return
+    raise UsageError(f"{flag} does not fit --model, which has taken none of its weights")
 
 
 class CheckpointSaver:

@@ -12,13 +12,16 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from ditac_timm.training.device import Precision
-from ditac_timm.training.errors import UsageError
+from ditac_timm.training.errors import UsageError, first_line
 from ditac_timm.training.refusals import mixup_is_on
 
 _logger = logging.getLogger(__name__)
 
 # What timm's create_loader takes of a data config; the rest of its arguments are flags.
 DATA_CONFIG = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+_EVAL_SPLITS = {"val", "valid", "validation", "eval", "evaluation"}  # one split to timm, by any of its names
+_SPLITS = {"train", "training", "test", *_EVAL_SPLITS}
 
 
 def check_data_dir(args: argparse.Namespace) -> None:
@@ -39,7 +42,8 @@ def resolve_data_config(
     try:
         config = resolve_input_data_config(model, vars(args), pretrained_cfg=saved, use_test_size=use_test_size)
     except (ValueError, AssertionError) as error:
-        raise UsageError(f"--img-size, --input-size, --in-chans, --mean or --std do not fit: {error}") from error
+        reason = first_line(error)
+        raise UsageError(f"--img-size, --input-size, --in-chans, --mean or --std do not fit: {reason}") from error
     _logger.info("Data: " + ", ".join(f"{name} {value}" for name, value in config.items()))
     return {name: config[name] for name in DATA_CONFIG}
 
@@ -112,6 +116,26 @@ def create_split(
     return dataset
 
 
+def check_folder(args: argparse.Namespace, split: str, flag: str, dataset: Any, *, flat: bool = False) -> None:
+    """Refuse a split that the data folder does not have: timm would take the whole folder for it.
+
+    Args:
+        args: The data flags.
+        split: The split's name.
+        flag: The flag that named it, for errors.
+        dataset: What `create_split` made of it.
+        flat: Whether the folder may hold the classes themselves, and no splits.
+    """
+    folder = _folder(dataset)
+    if not folder or not os.path.isdir(folder) or os.path.normpath(folder) != os.path.normpath(args.data_dir or ""):
+        return
+    # A class may be named like a split, but then its images lie in its own folder.
+    classes = {Path(os.path.relpath(path, folder)).parent.parts for path, _ in dataset.reader.samples}
+    splits = _SPLITS & {parts[0] for parts in classes if len(parts) > 1}
+    if not flat or splits or split.partition("[")[0] not in _EVAL_SPLITS:
+        raise UsageError(f"{flag} {split}: {args.data_dir} has no folder of that name")
+
+
 def check_classes(args: argparse.Namespace, dataset: Any, split: str, num_classes: int) -> None:
     """Refuse a dataset whose number of classes is not the model's."""
     classes = _class_to_idx(dataset)
@@ -119,7 +143,9 @@ def check_classes(args: argparse.Namespace, dataset: Any, split: str, num_classe
         return
     found = max(classes.values()) + 1
     if found > num_classes or (found < num_classes and not args.class_map):
-        raise UsageError(f"{split!r} has {found} classes and the model {num_classes}: give --num-classes {found}")
+        # A checkpoint's classes are fixed.
+        advice = "" if getattr(args, "checkpoint", "") else f": give --num-classes {found}"
+        raise UsageError(f"{split!r} has {found} classes and the model {num_classes}{advice}")
 
 
 def create_eval_loader(
@@ -219,15 +245,8 @@ def _shared_loader_args(args: argparse.Namespace, precision: Precision) -> dict[
 
 def _check_splits(args: argparse.Namespace, train: Any, evaluation: Any) -> None:
     """Refuse splits that are not two folders, and classes that differ: timm would train on one and score another."""
-    root = os.path.normpath(args.data_dir) if args.data_dir else None
-    for flag, split, dataset in (
-        ("--train-split", args.train_split, train),
-        ("--val-split", args.val_split, evaluation),
-    ):
-        # Where a folder has no such split, timm takes the whole folder for it.
-        folder = _folder(dataset)
-        if folder is not None and os.path.normpath(folder) == root:
-            raise UsageError(f"{flag} {split}: {args.data_dir} has no folder of that name")
+    check_folder(args, args.train_split, "--train-split", train)
+    check_folder(args, args.val_split, "--val-split", evaluation)
     classes, eval_classes = _class_to_idx(train), _class_to_idx(evaluation)
     if classes is not None and eval_classes is not None and classes != eval_classes:
         name = sorted(map(str, classes.keys() ^ eval_classes.keys()))[0]

@@ -50,3 +50,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean ...?)" with the known names nearest to `name`, or "" where none is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

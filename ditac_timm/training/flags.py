@@ -1,6 +1,7 @@
 """The command lines of `train.py` and `validate.py`: timm's flags, with timm's names, defaults and meaning."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,7 +10,9 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ditac_timm.training.errors import UsageError, suggestion
-from ditac_timm.training.refusals import UNSUPPORTED_IN_TRAIN, UNSUPPORTED_IN_VALIDATE, Unsupported
+from ditac_timm.training.refusals import FORMER_FLAGS, UNSUPPORTED_IN_TRAIN, UNSUPPORTED_IN_VALIDATE, Unsupported
+
+_logger = logging.getLogger(__name__)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +80,7 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     config_parser.add_argument("-c", "--config", default="")
     config_flag, _ = config_parser.parse_known_args(argv)
     if config_flag.config:
-        parser.set_defaults(**_read_config(Path(config_flag.config), known=vars(parser.parse_args([]))))
+        parser.set_defaults(**_read_config(Path(config_flag.config), parser))
     args = parser.parse_args(argv)
     del args.config  # a run's args.yaml is itself a file for -c
     return _checked(args, UNSUPPORTED_IN_TRAIN)
@@ -99,7 +102,7 @@ def _checked(args: argparse.Namespace, unsupported: Sequence[Unsupported]) -> ar
     return args
 
 
-def _read_config(path: Path, known: dict[str, Any]) -> dict[str, Any]:
+def _read_config(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -108,21 +111,48 @@ def _read_config(path: Path, known: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UsageError(f"--config {path} must hold flags as `name: value` lines")
-    for name in config:
-        if name not in known:
-            raise UsageError(f"--config {path}: unknown flag {name!r}{suggestion(str(name), known)}")
+    former = [name for name in config if name in FORMER_FLAGS]
+    for name in former:
+        default, advice = FORMER_FLAGS[name]
+        if (value := config.pop(name)) and value != default:
+            raise UsageError(f"--config {path}: {name} is no flag any more: {advice}")
+    if former:
+        _logger.info(f"--config {path}: {', '.join(former)} ask for nothing, and are flags of older versions of timm.")
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in config.items():
+        if name not in actions:
+            raise UsageError(f"--config {path}: unknown flag {name!r}{suggestion(str(name), actions)}")
+        kind = _kind(actions[name])
+        if value is not None and kind and not isinstance(value, kind[1]):
+            raise UsageError(f"--config {path}: {name} must be {kind[0]}, not {value!r}")
     return config
+
+
+def _kind(action: argparse.Action) -> tuple[str, tuple[type, ...]] | None:
+    """What a YAML file may give for a flag, in words and types; None where argparse itself will see."""
+    if action.help == argparse.SUPPRESS:
+        return None
+    if isinstance(action, ParseKwargs):
+        return "a mapping", (dict,)
+    if action.nargs == 0:
+        return "true or false", (bool,)
+    if action.nargs not in (None, "?"):
+        return "a list", (list, tuple)
+    if action.type is None:
+        return "text", (str,)
+    return "a number", (int, float, str)  # argparse turns text into the flag's type, 1e-3 for one
 
 
 def _add_unsupported(parser: argparse.ArgumentParser, table: Sequence[Unsupported]) -> None:
     # Parsed and not merely rejected: a recipe that states timm's default (`torchscript: false`) asks for nothing.
     for row in table:
-        kind: dict[str, Any] = {"nargs": "*"} if isinstance(row.default, list) else {}
+        # Any number of values, because some of timm's flags without a default take several.
+        kind: dict[str, Any] = {"nargs": "*"} if row.default is None or isinstance(row.default, list) else {}
         if row.default is False:
             kind = {"action": "store_true"}
         elif isinstance(row.default, int | float):
             kind = {"type": float}
-        parser.add_argument(row.flag, dest=row.dest, default=row.default, help=argparse.SUPPRESS, **kind)
+        parser.add_argument(row.flag, *row.aliases, dest=row.dest, default=row.default, help=argparse.SUPPRESS, **kind)
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +214,7 @@ def _add_train_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Training model").add_argument
     add("--pretrained-path", metavar="FILE", help="with --pretrained: weights to use as the pretrained ones")
     add("--initial-checkpoint", default="", metavar="PATH", help="load these weights into the finished model")
-    add("--resume", default="", metavar="PATH", help="continue a run: a checkpoint, or the run's folder")
+    add("--resume", default="", metavar="PATH", help="continue a run with its own weights: its checkpoint or folder")
     add("--no-resume-opt", action="store_true", help="resume without the optimizer's state")
     add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches an update")
     add("--grad-checkpointing", action="store_true", help="recompute activations to save memory")

@@ -17,6 +17,7 @@ from timm.task.evaluator import ClassificationEvaluator
 from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad, distribute_bn
 from torch import nn
 
+from ditac_timm import DiTAC
 from ditac_timm.training.device import Precision
 from ditac_timm.training.errors import RunError
 
@@ -85,6 +86,7 @@ def train_one_epoch(
     """
     model: Any = task.get_trainable_module()
     model.train()
+    clipped = None if args.clip_grad is None else clipped_parameters(task, args.clip_mode)
     second_order = getattr(optimizer, "is_second_order", False)
     batches, accumulate = len(loader), args.grad_accum_steps
     updates = math.ceil(batches / accumulate)
@@ -110,7 +112,7 @@ def train_one_epoch(
         with nullcontext() if need_update else task.no_sync():
             with precision.autocast():
                 loss = task(images, target)["loss"]
-            _backward_and_step(loss / divisor, task, optimizer, args, loss_scaler, second_order, need_update)
+            _backward_and_step(loss / divisor, clipped, optimizer, args, loss_scaler, second_order, need_update)
         losses.update(loss, len(images))
         samples += len(images) * args.world_size
         if not need_update:
@@ -219,6 +221,20 @@ def share_batch_norm(task: ClassificationTask, args: argparse.Namespace) -> None
         distribute_bn(task.get_trainable_module(ema=True), args.world_size, reduce)
 
 
+def clipped_parameters(task: ClassificationTask, mode: str) -> list[nn.Parameter]:
+    """The parameters whose gradients are clipped.
+
+    Adaptive clipping leaves the head alone, as its authors do, and DiTAC: it clips to a share of a parameter's norm,
+    and theta's is 0, or next to it, where it starts as GELU.
+    """
+    adaptive = mode == "agc"
+    parameters = task.get_clip_parameters(exclude_head=adaptive)
+    model: Any = task.get_trainable_module()
+    modules = [module for module in model.modules() if isinstance(module, DiTAC)] if adaptive else []
+    exempt = {id(parameter) for module in modules for parameter in module.parameters()}
+    return [parameter for parameter in parameters if id(parameter) not in exempt]
+
+
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     """The mean learning rate of an optimizer's parameter groups."""
     return sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
@@ -226,15 +242,13 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
 
 def _backward_and_step(
     loss: torch.Tensor,
-    task: ClassificationTask,
+    clipped: list[nn.Parameter] | None,
     optimizer: torch.optim.Optimizer,
     args: argparse.Namespace,
     loss_scaler: NativeScaler | None,
     second_order: bool,
     need_update: bool,
 ) -> None:
-    # Adaptive clipping leaves the head alone, as its authors do.
-    clipped = None if args.clip_grad is None else list(task.get_clip_parameters(exclude_head=args.clip_mode == "agc"))
     if loss_scaler is not None:
         loss_scaler(
             loss,

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,7 +13,20 @@ from torch import nn
 
 from ditac_timm import create_model
 from ditac_timm.training.device import Precision
-from ditac_timm.training.errors import UsageError, suggestion
+from ditac_timm.training.errors import UsageError, first_line, suggestion
+
+# The flags that name arguments of a model; --model-kwargs gives any other.
+FLAGS = {
+    "num_classes": "--num-classes",
+    "in_chans": "--in-chans",
+    "global_pool": "--gp",
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+    "drop_block_rate": "--drop-block",
+    "bn_momentum": "--bn-momentum",
+    "bn_eps": "--bn-eps",
+    "img_size": "--img-size",
+}
 
 
 def check_model_name(name: str) -> None:
@@ -27,7 +41,7 @@ def check_model_name(name: str) -> None:
     base = architecture.removesuffix("_ditac")
     if not timm.is_model(architecture) and not timm.is_model(base):
         suffix = "" if base == architecture else "_ditac"
-        known = timm.list_models() + [model + suffix for model in timm.list_models()]
+        known = sorted({*timm.list_models(), *(model + suffix for model in timm.list_models())})
         raise UsageError(f"--model {name} is unknown{suggestion(architecture, known)}")
     if tag:
         weights = base if timm.is_model(base) else architecture
@@ -68,21 +82,33 @@ def image_size_argument(name: str, arguments: dict[str, Any], args: argparse.Nam
     return {"img_size": size} if fixed else {}
 
 
-def build_model(name: str, arguments: dict[str, Any], **kwargs: Any) -> Any:
-    """Create a model; arguments that the architecture does not take are refused.
+def build_model(name: str, arguments: dict[str, Any], *, pretrained_path: Path | None = None, **kwargs: Any) -> Any:
+    """Create a model; what timm, or the architecture, does not take is refused.
 
     Args:
         name: Any name of `ditac_timm.create_model`.
         arguments: See `model_arguments`.
+        pretrained_path: A file to read pretrained weights from, instead of the architecture's own.
         **kwargs: More arguments of `create_model`, `pretrained` for one.
     """
+    if pretrained_path:
+        kwargs["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "num_classes": -1}
     try:
         return create_model(name, **arguments, **kwargs)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        refused = str(error).rpartition("argument ")[2]
-        raise UsageError(f"--model {name} takes no {refused}: see --model-kwargs and --drop-*") from error
+    # Whatever timm, the Hub and an architecture's own checks raise where a name, a file or an argument is wrong.
+    except (OSError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError) as error:
+        if "unexpected keyword argument" in str(error):
+            refused = str(error).rpartition("argument ")[2]
+            raise UsageError(f"--model {name} takes no {refused}: see --model-kwargs and --drop-*") from error
+        source = f"--pretrained-path {pretrained_path}" if pretrained_path else "--pretrained"
+        if "loading state_dict" in str(error):
+            raise UsageError(f"{source} does not fit --model {name}, its weights are of another model") from error
+        asked = [
+            f"{FLAGS[key]} {value}" if key in FLAGS else f"--model-kwargs {key}={value}"
+            for key, value in arguments.items()
+        ]
+        asked += [source] if kwargs.get("pretrained") else []
+        raise UsageError(f"{' '.join([f'--model {name}', *asked])} cannot be created: {first_line(error)}") from error
 
 
 def source_of(model: Any, name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import torch
+from timm.data import create_transform
 from timm.optim import list_optimizers
 from timm.utils import is_distributed_env
 
@@ -17,6 +19,7 @@ class Unsupported(NamedTuple):
     flag: str
     default: Any
     reason: str
+    aliases: tuple[str, ...] = ()
 
     @property
     def dest(self) -> str:
@@ -48,7 +51,7 @@ UNSUPPORTED_IN_TRAIN = (
     Unsupported("--train-size-schedule", "constant", _SIZES),
     Unsupported("--train-size-schedule-spread", 0.65, _SIZES),
     Unsupported("--train-size-random-mix", 0.1, _SIZES),
-    Unsupported("--train-batches-per-epoch", None, _SIZES),
+    Unsupported("--train-batches-per-epoch", None, _SIZES, ("--train-steps-per-epoch",)),
     Unsupported("--variable-batch-loss-scale", "none", _SIZES),
     Unsupported("--naflex-loader", False, _NAFLEX),
     Unsupported("--naflex-train-seq-lens", [128, 256, 576, 784, 1024], _NAFLEX),
@@ -82,10 +85,24 @@ UNSUPPORTED_IN_VALIDATE = (
     Unsupported("--naflex-max-seq-len", 576, _NAFLEX),
 )
 
-# Checked here and not by argparse, which checks neither choices nor types of what a YAML file says.
+# Names that recipes of older versions of timm hold: what they said by default, and what to give instead.
+FORMER_FLAGS: dict[str, tuple[Any, str]] = {
+    "apex_amp": (False, "give amp: true"),
+    "native_amp": (False, "give amp: true"),
+    "amp_impl": ("native", "give amp: true"),
+    "aot_autograd": (False, "give torchcompile: inductor"),
+    "jsd": (False, "give jsd_loss: true"),
+    "bn_tf": (False, "give bn_momentum: 0.01 and bn_eps: 0.001"),
+    "num_gpu": (1, "start one process for each GPU with torchrun"),
+}
+
+# Checked here and not by argparse, which checks neither choices nor ranges of what a YAML file says.
+_INTERPOLATIONS = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CHOICES: dict[str, Collection[str | None]] = {
     "amp_dtype": ("float16", "bfloat16"),
     "model_dtype": (None, "", "float32", "float16", "bfloat16"),
+    "interpolation": (None, *_INTERPOLATIONS),
+    "train_interpolation": (None, "random", *_INTERPOLATIONS),
     "clip_mode": ("norm", "value", "agc"),
     "mixup_mode": ("batch", "pair", "elem"),
     "remode": ("const", "rand", "pixel"),
@@ -96,19 +113,42 @@ _CHOICES: dict[str, Collection[str | None]] = {
     "results_format": (None, "csv", "json"),
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none"),
 }
-_AT_LEAST_ONE = (
-    "batch_size",
-    "validation_batch_size",
-    "grad_accum_steps",
-    "epochs",
-    "log_interval",
-    "log_freq",
-    "val_interval",
-    "checkpoint_hist",
-    "num_classes",
-    "img_size",
-    "in_chans",
-)
+
+# What a value must be, in words and as a test; a value that is not given is not tested.
+_Rule = tuple[str, Callable[[Any], bool]]
+_COUNT: _Rule = ("a whole number of at least 1", lambda value: isinstance(value, int) and value >= 1)
+_NOT_NEGATIVE: _Rule = ("at least 0", lambda value: value >= 0)
+_POSITIVE: _Rule = ("above 0", lambda value: value > 0)
+_SHARE: _Rule = ("from 0 to 1", lambda value: 0 <= value <= 1)
+_BELOW_ONE: _Rule = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_RULES: dict[str, _Rule] = {
+    "batch_size": _COUNT,
+    "validation_batch_size": _COUNT,
+    "grad_accum_steps": _COUNT,
+    "epochs": _COUNT,
+    "log_interval": _COUNT,
+    "log_freq": _COUNT,
+    "val_interval": _COUNT,
+    "checkpoint_hist": _COUNT,
+    "num_classes": _COUNT,
+    "img_size": _COUNT,
+    "in_chans": _COUNT,
+    "workers": _NOT_NEGATIVE,
+    "crop_pct": _POSITIVE,
+    "drop": _SHARE,
+    "drop_connect": _SHARE,
+    "drop_path": _SHARE,
+    "drop_block": _SHARE,
+    "reprob": _SHARE,
+    "hflip": _SHARE,
+    "vflip": _SHARE,
+    "color_jitter_prob": _SHARE,
+    "grayscale_prob": _SHARE,
+    "gaussian_blur_prob": _SHARE,
+    "mixup_prob": _SHARE,
+    "mixup_switch_prob": _SHARE,
+    "smoothing": _BELOW_ONE,
+}
 
 
 def check_train_flags(args: argparse.Namespace) -> None:
@@ -125,10 +165,6 @@ def check_train_flags(args: argparse.Namespace) -> None:
         raise UsageError("--sync-bn and --split-bn exclude each other: give one")
     if args.sched == "plateau" and args.sched_on_updates:
         raise UsageError("--sched plateau steps on epochs: leave --sched-on-updates out")
-    if args.resume and args.initial_checkpoint:
-        raise UsageError("--resume replaces all weights, --initial-checkpoint's too: give one")
-    if args.resume and args.pretrained_path:
-        raise UsageError("--resume replaces all weights, --pretrained-path's too: give one")
     if args.pretrained_path and not args.pretrained:
         raise UsageError("--pretrained-path needs --pretrained")
     if args.drop_connect is not None and args.drop_path is not None:
@@ -155,19 +191,36 @@ def _check_each(args: argparse.Namespace) -> None:
         if getattr(args, name, next(iter(choices))) not in choices:
             allowed = ", ".join(choice or "''" for choice in choices if choice is not None)
             raise UsageError(f"{_flag(name)} must be one of {allowed}, not {getattr(args, name)}")
-    for name in _AT_LEAST_ONE:
+    for name, (wanted, fits) in _RULES.items():
         value = getattr(args, name, None)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UsageError(f"{_flag(name)} must be a whole number of at least 1, not {value}")
-    if args.workers < 0:
-        raise UsageError(f"--workers must be at least 0, not {args.workers}")
+        if value is not None and not fits(value):
+            raise UsageError(f"{_flag(name)} must be {wanted}, not {value}")
     if args.amp and args.model_dtype not in (None, "", "float32"):
         raise UsageError(f"--amp keeps float32 weights: leave --model-dtype {args.model_dtype} out")
+    _check_compilation(args)
     if not args.dataset and not args.data_dir:
         raise UsageError("--data-dir is missing: give the folder that holds the images")
 
 
+def _check_compilation(args: argparse.Namespace) -> None:
+    if args.torchcompile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if args.torchcompile not in known:
+            near = suggestion(args.torchcompile, known)
+            raise UsageError(f"--torchcompile {args.torchcompile} is no backend of torch.compile{near}")
+    if args.torchcompile_mode:
+        modes = list(torch._inductor.list_mode_options())
+        if args.torchcompile_mode not in modes:
+            raise UsageError(f"--torchcompile-mode must be one of {', '.join(modes)}, not {args.torchcompile_mode}")
+
+
 def _check_augmentation(args: argparse.Namespace) -> None:
+    try:
+        create_transform(224, is_training=True, auto_augment=args.aa)
+    except (AssertionError, LookupError, ValueError) as error:
+        raise UsageError(
+            f"--aa {args.aa} is no policy of timm: give one such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original or v0"
+        ) from error
     mixup = mixup_is_on(args)
     if mixup and args.batch_size % 2:
         raise UsageError(f"--mixup and --cutmix pair images: --batch-size must be even, not {args.batch_size}")

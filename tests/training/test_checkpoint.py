@@ -28,6 +28,50 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello",
+        b"junk",
+        b"this is not a checkpoint",
+        b"\x80\x02",
+        b"\x80\x02}q\x00",
+        b"\0" * 1000,
+        b"PK\x03\x04" + b"\0" * 200,
+        b"<html>404</html>",
+        b'{"a": 1}',
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n",
+        bytes(range(256)),
+    ],
+)
+@pytest.mark.parametrize("name", ["last.pth.tar", "model.safetensors"])
+def test_other_bytes_are_one_sentence(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"--resume .* (whole|is no) checkpoint") as raised:
+        checkpoints.read_checkpoint(tmp_path / name, "--resume")
+    assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"state_dict": None}, "its state_dict is a NoneType, not a dict"),
+        ({"state_dict": [1]}, "its state_dict is a list, not a dict"),
+        ({"state_dict": {}, "state_dict_ema": 1}, "its state_dict_ema is a int, not a dict"),
+        ({"state_dict": {}, "state_dict_ema": {"a": 1}}, "holds no weights"),
+        ({1: torch.zeros(1)}, "holds no weights"),
+        ({"state_dict": {}, "model_args": [1]}, "its model_args is a list, not a dict"),
+        ({"state_dict": {}, "data_config": "x"}, "its data_config is a str, not a dict"),
+        ({"state_dict": {}, "arch": 1}, "its arch is a int, not a str"),
+    ],
+)
+def test_parts_of_another_kind(tmp_path: Path, content: dict, sentence: str) -> None:
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match=sentence):
+        checkpoints.read_checkpoint(tmp_path / "odd.pth", "--checkpoint")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_truncated_file(tmp_path: Path, share: float) -> None:
     file = tmp_path / "last.pth.tar"
@@ -37,6 +81,7 @@ def test_truncated_file(tmp_path: Path, share: float) -> None:
         checkpoints.read_checkpoint(file, "--resume")
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)
 
 
 def test_reads_timms_files_bare_weights_and_safetensors(tmp_path: Path) -> None:
@@ -65,6 +110,19 @@ def test_weights_of_another_model_are_refused() -> None:
         checkpoints.load_weights(timm.create_model("test_resnet", num_classes=5), weights, "--resume")
     with pytest.raises(UsageError, match=r"missing .* unexpected"):
         checkpoints.load_weights(timm.create_model("test_vit", num_classes=10), weights, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "sentence"),
+    [
+        ({"in_chans": 1}, {"in_chans": 3}, "--resume is a checkpoint with --in-chans 1, not 3"),
+        ({"in_chans": 1}, {}, "--resume is a checkpoint with --in-chans 1, give --in-chans 1"),
+        ({}, {"in_chans": 1}, "--resume is a checkpoint without --in-chans: leave --in-chans 1 out"),
+    ],
+)
+def test_arguments_that_differ(saved: dict, asked: dict, sentence: str) -> None:
+    with pytest.raises(UsageError, match=f"^{sentence}$"):
+        checkpoints.check_same_model({"arch": "a", "model_args": saved}, "--resume", "a", asked)
 
 
 def test_saver_keeps_last_best_and_history(tmp_path: Path) -> None:

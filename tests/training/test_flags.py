@@ -37,6 +37,13 @@ def test_a_runs_flags_are_a_recipe(tmp_path: Path) -> None:
         ("kd_model_name: resnet50", "--kd-model-name is not supported"),
         ("- model", "name: value"),
         ("model: [", "is not YAML"),
+        ("model: 5", "model must be text, not 5"),
+        ("amp: 'yes'", "amp must be true or false, not 'yes'"),
+        ("mean: 0.5", "mean must be a list, not 0.5"),
+        ("lr: [1]", "lr must be a number, not [1]"),
+        ("opt_kwargs: a=1", "opt_kwargs must be a mapping, not 'a=1'"),
+        ("native_amp: true", "native_amp is no flag any more: give amp: true"),
+        ("train_img_sizes: [128, 192]", "--train-img-sizes is not supported"),
     ],
 )
 def test_yaml_refusals(tmp_path: Path, text: str, sentence: str) -> None:
@@ -46,6 +53,15 @@ def test_yaml_refusals(tmp_path: Path, text: str, sentence: str) -> None:
         parse_train_flags(["-c", str(file)])
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_flags_of_older_versions_that_ask_for_nothing_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("apex_amp: false\nnative_amp: false\namp_impl: native\njsd: null\nlr: 0.1\n")
+    with caplog.at_level("INFO"):
+        assert parse_train_flags(["-c", str(file)]).lr == 0.1
+    assert len(caplog.messages) == 1
+    assert "apex_amp, native_amp, amp_impl, jsd" in caplog.text
 
 
 def test_values_of_yaml_are_checked_too(tmp_path: Path) -> None:
@@ -68,6 +84,23 @@ def test_unsupported_flags_say_why(row) -> None:
     with pytest.raises(UsageError, match=f"^{row.flag} is not supported: "):
         parse_train_flags([row.flag, *value])
     parse_train_flags([])  # and timm's default is no request
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        ("--train-img-sizes 128 192 224", "--train-img-sizes"),
+        ("--device-modules a b c", "--device-modules"),
+        ("--train-batch-sizes 1 2", "--train-batch-sizes"),
+        ("--train-size-probs .5 .5", "--train-size-probs"),
+        ("--naflex-patch-sizes 8 16", "--naflex-patch-sizes"),
+        ("--naflex-patch-size-probs .5 .5", "--naflex-patch-size-probs"),
+        ("--train-steps-per-epoch 3", "--train-batches-per-epoch"),
+    ],
+)
+def test_unsupported_flags_of_several_values_and_names(argv: str, flag: str) -> None:
+    with pytest.raises(UsageError, match=f"^{flag} is not supported: "):
+        parse_train_flags(argv.split())
 
 
 def test_two_data_folders_are_refused() -> None:

@@ -9,6 +9,7 @@ from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 from torch import nn
 
+from ditac_timm import DiTAC
 from ditac_timm.training.device import Precision
 from ditac_timm.training.errors import RunError
 from ditac_timm.training.loop import LossMeter, evaluate, train_one_epoch
@@ -93,3 +94,32 @@ def test_top1_counts_images_and_not_batches() -> None:
     loader = [(logits[:2], torch.tensor([0, 0])), (logits[2:], torch.tensor([0]))]
     metrics = evaluate(model, loader, _args(), Precision(CPU, None, None), log_interval=10)
     assert metrics["top1"] == 100 * 2 / 3
+
+
+def test_adaptive_clipping_leaves_theta_alone() -> None:
+    """It clips to a share of a parameter's norm, and theta starts at 0 where it stands for GELU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), DiTAC(), nn.Linear(4, 2))
+    task = ClassificationTask(model, verbose=False)
+    before = _gradients(task, clip_mode="agc", clip_grad=None)
+    after = _gradients(task, clip_mode="agc", clip_grad=0.001)
+    assert before["1.theta"].abs().max() > 0
+    assert torch.equal(after["1.theta"], before["1.theta"])
+    assert after["0.weight"].norm() < 0.1 * before["0.weight"].norm()
+    norm = _gradients(task, clip_mode="norm", clip_grad=0.001)
+    assert norm["1.theta"].norm() < before["1.theta"].norm()
+
+
+def _gradients(task: ClassificationTask, **values: object) -> dict[str, torch.Tensor]:
+    """Of one batch, as the optimizer sees them."""
+    model = task.get_trainable_module()
+    assert model is not None
+    seen: dict[str, torch.Tensor] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    )
+    images = torch.linspace(-1, 1, 12).reshape(4, 3)
+    batch = (images, torch.tensor([0, 1, 1, 0]))
+    train_one_epoch(task, [batch], optimizer, 0, _args(**values), Precision(CPU, None, None))
+    return seen

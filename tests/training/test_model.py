@@ -30,6 +30,14 @@ def test_unknown_names(name: str, near: str) -> None:
         check_model_name(name)
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_ditacc", "resnet5o"])
+def test_suggestions_are_different_names(name: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        check_model_name(name)
+    near = str(raised.value).partition("did you mean ")[2].removesuffix("?)").split(" or ")
+    assert len(near) == len(set(near)) > 1
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "expected"),
     [

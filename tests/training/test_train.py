@@ -166,8 +166,9 @@ def test_resume_restores_everything(train: ModuleType, digits: Path, finished: P
     [
         ("--model test_resnet --num-classes 5", "--num-classes 10, not 5"),
         ("--model test_vit", "give --model test_resnet"),
-        ("--model test_resnet --opt adamw", "does not fit --opt adamw"),
-        ("--model test_resnet --in-chans 1", "--in-chans"),
+        ("--model test_resnet --model-ema --opt adamw", "does not fit --opt adamw"),
+        ("--model test_resnet --in-chans 1", "without --in-chans: leave --in-chans 1 out"),
+        ("--model test_resnet", "holds averaged weights, which would be lost: give --model-ema"),
     ],
 )
 def test_resume_refuses_another_model(
@@ -205,8 +206,26 @@ def test_resume_refuses_another_model(
         ("--epochs 0", "--epochs"),
         ("--epochs many", "--epochs"),
         ("--drop-block 0.1 --model test_vit", "drop_block_rate"),
+        ("--model local-dir:/no/such/folder", "--model local-dir:/no/such/folder"),
+        ("--model hf-hub:nobody/none", "--model hf-hub:nobody/none"),
+        ("--model ditac", "needs a base"),
+        ("--model test_resnet.r160_in1k --pretrained", "--pretrained"),
+        ("--pretrained --pretrained-path /no/such/file", "--pretrained-path /no/such/file does not exist"),
+        ("--model-kwargs ditac={'version':'x'} --model test_resnet_ditac", "version must be one of ditac, ge"),
+        ("--model-kwargs ditac={'types':'ReLU6'} --model test_resnet_ditac", "types must be a sequence"),
+        ("--gp foo", "--gp foo"),
+        ("--aa foo", "--aa foo is no policy"),
+        ("--aa rand-x9", "--aa rand-x9 is no policy"),
+        ("--interpolation foo", "--interpolation must be one of '', nearest, "),
+        ("--train-interpolation foo", "--train-interpolation must be one of random, "),
+        ("--torchcompile foo", "--torchcompile foo is no backend"),
+        ("--torchcompile --torchcompile-mode foo", "--torchcompile-mode must be one of default, "),
+        ("--drop 2", "--drop must be from 0 to 1, not 2"),
+        ("--drop-path 1.5", "--drop-path must be from 0 to 1, not 1.5"),
+        ("--smoothing -1", "--smoothing must be at least 0 and below 1, not -1"),
+        ("--reprob 7", "--reprob must be from 0 to 1, not 7"),
+        ("--crop-pct 0", "--crop-pct must be above 0, not 0"),
         ("--drop-path 0.1 --drop-connect 0.1", "--drop-connect"),
-        ("--resume a --initial-checkpoint b", "--initial-checkpoint"),
         ("--resume /no/such/file", "--resume /no/such/file does not exist"),
         ("--torchscript", "--torchscript is not supported: "),
         ("--kd-model-name resnet50", "--kd-model-name is not supported: "),
@@ -218,8 +237,16 @@ def test_resume_refuses_another_model(
     ],
 )
 def test_refusals(
-    train: ModuleType, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, sentence: str
+    train: ModuleType,
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    sentence: str,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     code, _ = run(train, digits, tmp_path / "output", *flags.split())
     assert code == 2
     assert sentence in refusal(capsys)
@@ -341,3 +368,41 @@ def test_a_base_models_checkpoint_starts_its_ditac_model(train, digits, tmp_path
     model, _ = train.create_model(args, {})
     for name, value in base.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flag", ["--initial-checkpoint", "--pretrained --pretrained-path", "--resume"])
+def test_weights_of_a_wrong_file(train, digits, tmp_path, capsys, flag):
+    other = tmp_path / "other.pth"
+    torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), other)
+    assert run(train, digits, tmp_path, *flag.split(), str(other))[0] == 2
+    assert flag.split()[-1] in (said := refusal(capsys))
+    assert "does not fit" in said
+    if "pretrained" in flag:  # timm, which loads such a file loosely, refuses only tensors of another shape
+        torch.save(timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict(), other)
+        assert run(train, digits, tmp_path, *flag.split(), str(other))[0] == 2
+        assert f"--pretrained-path {other}" in refusal(capsys)
+    other.write_text("this is not a checkpoint")
+    assert run(train, digits, tmp_path, *flag.split(), str(other))[0] == 2
+    assert "is not a whole checkpoint" in (said := refusal(capsys))
+    assert f"{flag.split()[-1]} {other}" in said
+
+
+def test_pretrained_path_takes_a_runs_folder(train, digits, finished, tmp_path):
+    """As --initial-checkpoint does; the averaged weights, as timm."""
+    args = train.parse_train_flags(
+        f"--data-dir {digits} --model test_resnet --num-classes 10 --pretrained --pretrained-path {finished}".split()
+    )
+    model, _ = train.create_model(args, {})
+    assert torch.equal(model.conv1[0].weight, load(finished / "last.pth.tar")["state_dict_ema"]["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("flag", ["--initial-checkpoint", "--pretrained --pretrained-path"])
+def test_a_run_that_started_from_weights_resumes_by_its_own_flags(train, digits, finished, tmp_path, flag):
+    start = tmp_path / "start.pth"
+    torch.save(load(finished / "last.pth.tar")["state_dict"], start)
+    code, folder = run(train, digits, tmp_path, *flag.split(), str(start))
+    assert code == 0
+    start.unlink()
+    assert train.main(["-c", str(folder / "args.yaml"), "--resume", str(folder), "--epochs", "2"]) == 0
+    assert [row["epoch"] for row in summary(folder)] == ["0", "1"]
+    assert str(start) in (folder / "args.yaml").read_text()

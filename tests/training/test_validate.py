@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 
+from ditac_timm.training.errors import RunError
+
 SMALL = shlex.split("-b 24 -j 0 --img-size 32 --num-classes 10 --warmup-epochs 0 --lr 0.01 --model test_vit --epochs 2")
 
 
@@ -102,7 +104,8 @@ def test_bare_weights_need_a_model(
         ("--model test_vot", "did you mean test_vit"),
         ("--num-classes 5", "--num-classes 10, not 5"),
         ("--pretrained", "--pretrained"),
-        ("--split nothing", "has 20 classes"),
+        ("--split nothing", "has no folder of that name"),
+        ("--in-chans 1", "without --in-chans: leave --in-chans 1 out"),
         ("--num-gpu 2", "torchrun"),
         ("--results-file /no/such/folder/r.csv", "--results-file"),
         ("--results-format xml", "--results-format must be one of"),
@@ -112,23 +115,58 @@ def test_bare_weights_need_a_model(
     ],
 )
 def test_refusals(
-    validate: ModuleType,
-    digits: Path,
-    finished: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    flags: str,
-    sentence: str,
+    validate: ModuleType, digits: Path, finished: Path, capsys: pytest.CaptureFixture[str], flags: str, sentence: str
 ) -> None:
-    data = digits
-    if flags.startswith("--split"):  # timm takes the whole folder where there is no such split: train's names differ
-        data = tmp_path / "data"
-        shutil.copytree(digits, data)
-        for folder in (data / "train").iterdir():
-            folder.rename(folder.with_name("other_" + folder.name))
-    argv = ["--data-dir", str(data), "--checkpoint", str(finished), "-j", "0", *flags.split()]
+    argv = ["--data-dir", str(digits), "--checkpoint", str(finished), "-j", "0", *flags.split()]
     assert validate.main(argv) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_split_that_is_missing_is_not_another_split(
+    validate: ModuleType, digits: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(digits / "train", tmp_path / "train")
+    argv = ["--checkpoint", str(finished), "-j", "0"]
+    assert validate.main(["--data-dir", str(tmp_path), *argv]) == 2
+    assert f"--split validation: {tmp_path} has no folder of that name" in capsys.readouterr().err
+    assert validate.main(["--data-dir", str(tmp_path), *argv, "--split", "train"]) == 0
+
+
+def test_a_flat_folder_of_classes(
+    validate: ModuleType, digits: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat"
+    shutil.copytree(digits / "validation", flat)
+    (flat / "digit_9").rename(flat / "train")  # a class may bear a split's name
+    assert validate.main(["--data-dir", str(flat), "--checkpoint", str(finished), "-j", "0"]) == 0
+    assert result(capsys)["top1"] >= 0
+    assert validate.main(["--data-dir", str(flat), "--checkpoint", str(finished), "-j", "0", "--split", "foo"]) == 2
+
+
+def test_classes_of_a_checkpoint_are_fixed(
+    validate: ModuleType, digits: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(digits / "validation", tmp_path / "validation")
+    shutil.rmtree(tmp_path / "validation" / "digit_3")
+    assert validate.main(["--data-dir", str(tmp_path), "--checkpoint", str(finished), "-j", "0"]) == 2
+    assert capsys.readouterr().err.endswith("'validation' has 9 classes and the model 10\n")
+
+
+def test_results_of_before_outlive_a_full_disk(
+    validate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "results.csv"
+    validate.write_results(file, {"top1": 1.0})
+    before = file.read_bytes()
+
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="what was there before is whole"):
+        validate.write_results(file, {"top1": 2.0})
+    assert file.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_nothing_to_evaluate(validate: ModuleType, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
