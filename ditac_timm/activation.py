@@ -19,8 +19,8 @@ __all__ = ["DiTAC", "FrozenDiTAC"]
 DEFAULT_DOMAINS = {"ditac": (-3.0, 3.0), "ge": (0.0, 3.0), "leaky": (-3.0, 3.0), "inf": (-3.0, 3.0)}
 INITS = ("identity", "prior")
 
-# Width of a table's bins at most: GELU is then interpolated to within 1.6e-6. A cell has at least so many of them.
-_BIN_WIDTH = 1 / 256
+# Width of a table's bins at most: GELU is then interpolated to within 1e-6. A cell has at least so many of them.
+_BIN_WIDTH = 1 / 320
 _MIN_BINS_PER_CELL = 64
 _MAX_NODES = 1_000_000
 

@@ -110,31 +110,31 @@ struct Line {
   A intercept, slope;
 };
 
-// Of each row, the straight line of the activation, or of its derivative.
+// Of each row, the straight line of the activation in x, or that of its derivative in the position, which is finite.
 template <typename A>
 std::unique_ptr<Line<A>[]> make_lines(const A* table, const Layout& at, bool derivative) {
   std::unique_ptr<Line<A>[]> lines(new Line<A>[at.rows]);
   const A* values = table + (derivative ? at.nodes : 0);
-  const A width = static_cast<A>(at.width), low = static_cast<A>(at.low);
+  const A step = derivative ? A(1) : static_cast<A>(at.width), begin = derivative ? A(1) : static_cast<A>(at.low);
   const int64_t ends[] = {0, at.left, at.left + at.bins, at.left + at.bins + at.right};
   for (int piece = 0; piece < 3; ++piece) {  // a and b stand twice
     const A* node = values + piece;
     for (int32_t bin = static_cast<int32_t>(ends[piece]); bin < ends[piece + 1]; ++bin) {
-      const A slope = (node[bin + 1] - node[bin]) / width;
-      lines[bin + 1] = {node[bin] - slope * (static_cast<A>(bin) * width + low), slope};
+      const A slope = (node[bin + 1] - node[bin]) / step;
+      lines[bin + 1] = {node[bin] - slope * (static_cast<A>(bin) * step + begin), slope};
     }
   }
   const A *slopes = table + at.nodes, first = slopes[0], last = slopes[at.nodes - 1];
-  lines[0] = derivative ? Line<A>{first, 0} : Line<A>{table[0] - first * low, first};
+  lines[0] = derivative ? Line<A>{first, 0} : Line<A>{table[0] - first * begin, first};
   lines[at.rows - 1] =
       derivative ? Line<A>{last, 0} : Line<A>{table[at.nodes - 1] - last * static_cast<A>(at.high), last};
   return lines;
 }
 
-// Eight positions in bins, their rows, and the rows' lines. NaN goes to row 0.
+// Eight positions in bins, the same kept within the rows, their rows, and the rows' lines. NaN goes to row 0.
 template <typename A>
 struct Found {
-  Vec<A> position, intercept, slope;
+  Vec<A> position, kept, intercept, slope;
   Vec<int32_t> row;
 };
 
@@ -143,9 +143,10 @@ INLINE Found<A> find(Vec<A> x, const Line<A>* lines, A origin, A scale, A offset
   Found<A> found;
   found.position = (x - origin) * scale + offset;
   const Vec<A> zero = Vec<A>{};
-  Vec<A> kept = found.position > zero ? found.position : zero;
-  kept = kept < last ? kept : zero + last;
-  found.row = __builtin_convertvector(kept, Vec<int32_t>);
+  found.kept = found.position < zero ? zero : found.position;
+  found.kept = found.kept > last ? zero + last : found.kept;
+  found.row = __builtin_convertvector(found.kept, Vec<int32_t>);
+  found.row = found.row > 0 ? found.row : Vec<int32_t>{};  // what a NaN becomes depends on the processor
   if constexpr (std::is_same_v<A, float>) {
     typedef uint64_t Four __attribute__((vector_size(32)));
     typedef double Pairs __attribute__((vector_size(32)));
@@ -222,25 +223,26 @@ void backward_span(
     const X* grad, const X* x, X* grad_x, int64_t size, const Line<A>* lines, const Layout& at,
     double* sums) {
   const A origin = static_cast<A>(at.origin), scale = static_cast<A>(1 / at.width), offset = static_cast<A>(at.offset);
-  const A last = static_cast<A>(at.rows - 1), limit = std::numeric_limits<A>::max();
-  typedef double Two __attribute__((vector_size(16)));
+  const A last = static_cast<A>(at.rows - 1);
+  typedef double Two __attribute__((vector_size(16), may_alias));
   const auto eight = [&](const X* from_grad, const X* from, X* to) INLINE_LAMBDA {
     const Vec<A> g = load<A>(from_grad), value = load<A>(from);
     const Found<A> found = find<A>(value, lines, origin, scale, offset, last);
     if constexpr (need_x) {
-      Vec<A> kept = value < -limit ? Vec<A>{} - limit : value;
-      kept = kept > limit ? Vec<A>{} + limit : kept;
-      store<A>(to, (found.slope * kept + found.intercept) * g);
+      store<A>(to, (found.slope * found.kept + found.intercept) * g);
     }
     if constexpr (need_table) {
       const Vec<A> weighted = g * (found.position - __builtin_convertvector(found.row, Vec<A>));
-      for (int i = 0; i < 8; ++i) {
-        Two both, add = {static_cast<double>(g[i]), static_cast<double>(weighted[i])};
-        double* bin = sums + 2 * static_cast<uint32_t>(found.row[i]);
-        std::memcpy(&both, bin, sizeof(both));
-        both += add;
-        std::memcpy(bin, &both, sizeof(both));
-      }
+      const auto add = [&](int i, Two pair) INLINE_LAMBDA {
+        Two* bin = reinterpret_cast<Two*>(sums) + static_cast<uint32_t>(found.row[i]);
+        *bin += pair;
+      };
+      const Vec<double> totals = __builtin_convertvector(g, Vec<double>);
+      const Vec<double> moments = __builtin_convertvector(weighted, Vec<double>);
+      add(0, Two{totals[0], moments[0]}), add(1, Two{totals[1], moments[1]});
+      add(2, Two{totals[2], moments[2]}), add(3, Two{totals[3], moments[3]});
+      add(4, Two{totals[4], moments[4]}), add(5, Two{totals[5], moments[5]});
+      add(6, Two{totals[6], moments[6]}), add(7, Two{totals[7], moments[7]});
     }
   };
   int64_t i = 0;
