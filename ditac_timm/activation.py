@@ -118,10 +118,11 @@ class DiTAC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        table = self._table(dtype)
-        if torch.compiler.is_compiling() and x.requires_grad and not torch.compiler.is_exporting():
-            x = _recomputable(x)
-        return ops.lookup(x, table, self.version, self.domain, self.bins)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if not (torch.is_grad_enabled() and (x.requires_grad or self.theta.requires_grad)):
+                return ops.evaluate(x, self._velocities(self.theta, dtype), self.version, self.domain, self.bins)
+            x = _recomputable(x) if x.requires_grad else x
+        return ops.lookup(x, self._table(dtype), self.version, self.domain, self.bins)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         theta = self.theta
@@ -146,7 +147,10 @@ class DiTAC(nn.Module):
         return table
 
     def _tabulate(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
-        return ops.tabulate(self.tessellation.velocities(theta.to(dtype)), self.version, self.domain, self.bins)
+        return ops.tabulate(self._velocities(theta, dtype), self.version, self.domain, self.bins)
+
+    def _velocities(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.tessellation.velocities(theta.to(dtype))
 
     def __getstate__(self):
         return {**self.__dict__, "_cache": None}

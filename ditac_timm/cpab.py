@@ -10,7 +10,7 @@ Fields", IEEE TPAMI 2017; priors as in the official DiTAC and difw code. Tensors
 
 import math
 import numbers
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -196,7 +196,6 @@ class Tessellation:
 
     cells: int = 10
     domain: tuple[float, float] = (-3.0, 3.0)
-    _velocity_rows: list[list[float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if isinstance(self.cells, bool) or not isinstance(self.cells, numbers.Integral) or self.cells < 1:
@@ -204,11 +203,6 @@ class Tessellation:
         _check_domain(self.domain)
         object.__setattr__(self, "cells", int(self.cells))
         object.__setattr__(self, "domain", (float(self.domain[0]), float(self.domain[1])))
-        # (dim, cells + 1): the knot velocities, in x's unit, of each basis field; hat functions' coefficients are the
-        # values at the inner knots. Made now: Dynamo cannot enter a cached_property's lock (Python 3.11).
-        width = self.domain[1] - self.domain[0]
-        rows = np.pad(width * _orthonormaliser(self.cells), ((0, 0), (1, 1))).tolist()
-        object.__setattr__(self, "_velocity_rows", rows)
 
     @property
     def dim(self) -> int:
@@ -258,7 +252,8 @@ class Tessellation:
         return _eager_velocity_matrix(self, like.dtype, like.device)
 
     def _velocity_rows_on(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.tensor(self._velocity_rows, dtype=dtype, device=device).reshape(self.dim, self.cells + 1)
+        rows = _velocity_rows(self.cells, *self.domain)
+        return torch.tensor(rows, dtype=dtype, device=device).reshape(self.dim, self.cells + 1)
 
 
 def plain_eager() -> bool:
@@ -290,6 +285,15 @@ def _orthonormaliser(cells: int) -> np.ndarray:
     hats = _hat_functions(cells)
     eigenvalues, eigenvectors = np.linalg.eigh(hats.T @ hats)
     return (eigenvectors / np.sqrt(eigenvalues)) @ eigenvectors.T
+
+
+@torch.compiler.assume_constant_result  # else every call of a compiled model compares each number with what it was
+def _velocity_rows(cells: int, a: float, b: float) -> list[list[float]]:
+    """`(cells - 1, cells + 1)`: the knot velocities, in x's unit, of each field of the basis.
+
+    A hat function's coefficient is the value at its knot.
+    """
+    return np.pad((b - a) * _orthonormaliser(cells), ((0, 0), (1, 1))).tolist()
 
 
 def sample_prior(

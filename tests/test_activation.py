@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ditac_timm import cpab
 from ditac_timm.activation import DiTAC
-from ditac_timm.ops import reference
+from ditac_timm.ops import reference as reference_ops
 
 INF = math.inf
 
@@ -822,7 +822,7 @@ def test_compiled_training_keeps_no_more_than_the_base(network):
     for act in (nn.GELU, DiTAC):
         torch.manual_seed(0)
         kept.append(_saved_elements(torch.compile(NETWORKS[network](act), fullgraph=True), x))
-    table = 2 * reference.nodes("ditac", (-3.0, 3.0), DiTAC().bins) + 11  # and the velocities
+    table = 2 * reference_ops.nodes("ditac", (-3.0, 3.0), DiTAC().bins) + 11  # and the velocities
     assert kept[1] <= kept[0] + table
 
 

@@ -248,17 +248,27 @@ def test_cells(cells):
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7 * theirs.abs().max().item())
 
 
-def test_a_remembered_table_is_nobody_elses():
-    """Tables asked for again are kept, so whoever writes into one must not change the next."""
-    velocities, settings = field("prior", DOMAINS["inf"]), ("inf", DOMAINS["inf"], 170)
-    first = KERNELS.tabulate(velocities, *settings)
-    expected = first.clone()
-    for _ in range(4):
-        table = KERNELS.tabulate(velocities, *settings)
-        assert torch.equal(table, expected)
-        table.zero_()
-    assert not torch.equal(KERNELS.tabulate(velocities * 0.5, *settings), expected)
-    assert KERNELS.tabulate(velocities.float(), *settings).dtype == torch.float32
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_evaluation_is_a_lookup_in_the_table(version, dtype):
+    """Also when its table is remembered, of several fields and settings in turn."""
+    torch.manual_seed(0)
+    x = (torch.randn(5003, dtype=torch.float64) * 4).to(dtype)
+    for bins in (170, 340) * 2:
+        for kind in ("prior", "rough"):
+            settings = (version, DOMAINS[version], bins)
+            velocities = field(kind, DOMAINS[version]).to(wide(dtype))
+            expected = KERNELS.lookup(x, KERNELS.tabulate(velocities, *settings), *settings)
+            ours = ops.evaluate(x, velocities, *settings)
+            assert torch.equal(ours, expected) and ours.stride() == expected.stride()
+
+
+def test_more_fields_than_are_remembered():
+    x, settings = torch.linspace(-4, 4, 50), ("inf", DOMAINS["inf"], 20)
+    fields = [torch.full((11,), 1e-3 * i) for i in range(1100)]
+    for velocities in (*fields, *fields[:3]):
+        expected = KERNELS.lookup(x, KERNELS.tabulate(velocities, *settings), *settings)
+        assert torch.equal(ops.evaluate(x, velocities, *settings), expected)
 
 
 # --- Building ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from .. import cpab
 from . import reference
 
-__all__ = ["kernel", "lookup", "tabulate"]
+__all__ = ["evaluate", "kernel", "lookup", "tabulate"]
 
 _TABLE = "str version, float[] domain, int bins"
 torch.library.define("ditac::tabulate", f"(Tensor velocities, {_TABLE}) -> Tensor")
@@ -35,6 +35,15 @@ _OPERATORS = ("tabulate", "tabulate_backward", "lookup", "lookup_backward")
 for _name in _OPERATORS:
     torch.library.impl(f"ditac::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
 
+# Both in one, for torch.compile, which can keep no table from call to call. It has no derivative.
+torch.library.define("ditac::evaluate", f"(Tensor x, Tensor velocities, {_TABLE}) -> Tensor")
+
+
+@torch.library.impl("ditac::evaluate", "CompositeExplicitAutograd")
+def _evaluate(x: Tensor, velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
+    table = torch.ops.ditac.tabulate.default(velocities, version, domain, bins)
+    return torch.ops.ditac.lookup.default(x, table, version, domain, bins)
+
 
 class _FirstCall:
     """Stands under a device's dispatch key until an operator is first called there, then makes way for the kernels.
@@ -45,14 +54,15 @@ class _FirstCall:
         key: The dispatch key.
         kernel: What the kernels are called.
         load: Puts them under that key, or raises.
+        operators: Which there are.
     """
 
-    def __init__(self, key: str, kernel: str, load: Callable[[], object]):
+    def __init__(self, key: str, kernel: str, load: Callable[[], object], operators: Sequence[str] = _OPERATORS):
         self.kernel = kernel
         self.load = load
         self.lock = threading.Lock()
         self.library: torch.library.Library | None = torch.library.Library("ditac", "IMPL")
-        for name in _OPERATORS:
+        for name in operators:
             self.library.impl(name, functools.partial(self, name), key)
 
     def __call__(self, name: str, *arguments):
@@ -86,7 +96,7 @@ def _load_cuda() -> None:
 
 _first_calls: dict[str, _FirstCall] = {}
 if os.environ.get("DITAC_DISABLE_KERNELS", "0") in ("", "0"):
-    _first_calls["cpu"] = _FirstCall("CPU", "C++", _load_cpu)
+    _first_calls["cpu"] = _FirstCall("CPU", "C++", _load_cpu, (*_OPERATORS, "evaluate"))
     _first_calls["cuda"] = _FirstCall("CUDA", "Triton", _load_cuda)
 
 
@@ -157,6 +167,19 @@ def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins
     return _lookup(x, table, version, domain, bins)
 
 
+def evaluate(x: Tensor, velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
+    """`lookup` in the table of `tabulate`, without a gradient. The kernel for CPUs remembers tables by velocities.
+
+    Args:
+        x: As for `lookup`.
+        velocities: As for `tabulate`, and so the rest.
+
+    Returns:
+        As `lookup`.
+    """
+    return torch.ops.ditac.evaluate.default(x, velocities, version, domain, bins)
+
+
 _lookup = torch.ops.ditac.lookup.default
 
 
@@ -190,6 +213,7 @@ def _(grad, velocities, version, domain, bins):
     return torch.empty_like(velocities)
 
 
+@torch.library.register_fake("ditac::evaluate")
 @torch.library.register_fake("ditac::lookup")
 def _(x, table, version, domain, bins):
     return torch.empty_like(x)

@@ -302,21 +302,25 @@ Layout layout_of(const Tensor& table, std::string_view version, Domain domain, i
   return at;
 }
 
+template <typename A, typename X>
+void lookup_in_parallel(const Tensor& x, Tensor& y, const Line<A>* lines, const Layout& at, std::string_view version) {
+  const bool ends_in_zero = version == "ditac" || version == "ge";
+  const A least = ends_in_zero ? static_cast<A>(at.low - at.width) : -std::numeric_limits<A>::infinity();
+  const X* in = x.const_data_ptr<X>();
+  X* out = y.mutable_data_ptr<X>();
+  divide(x.numel(), kGrain, [&](int64_t, int64_t begin, int64_t end) {
+    lookup_span<A, X>(in + begin, out + begin, end - begin, lines, at, least);
+  });
+}
+
 Tensor lookup(const Tensor& x, const Tensor& table, std::string_view version, Domain domain, int64_t bins) {
   const Layout at = layout_of(table, version, domain, bins);
-  const bool ends_in_zero = version == "ditac" || version == "ge";
   Tensor y = at::empty_like(x, x.options().dtype(readable(x, table)));
   const Tensor from = laid_out(x, y), rows = table.contiguous();
   for_dtypes(y, [&](auto table_type, auto x_type) {
     using A = decltype(table_type);
-    using X = decltype(x_type);
     const auto lines = make_lines<A>(rows.const_data_ptr<A>(), at, false);
-    const A least = ends_in_zero ? static_cast<A>(at.low - at.width) : -std::numeric_limits<A>::infinity();
-    const X* in = from.const_data_ptr<X>();
-    X* out = y.mutable_data_ptr<X>();
-    divide(x.numel(), kGrain, [&](int64_t, int64_t begin, int64_t end) {
-      lookup_span<A, X>(in + begin, out + begin, end - begin, lines.get(), at, least);
-    });
+    lookup_in_parallel<A, decltype(x_type)>(from, y, lines.get(), at, version);
   });
   return y.to(x.scalar_type());
 }
@@ -600,55 +604,13 @@ Tensor make_table(const Field& field, const Settings& settings, const at::Tensor
   return table;
 }
 
-// Tables that were asked for twice. Under torch.compile an evaluated model tabulates at every call, of velocities that
-// do not change; the key is their values, so nothing here goes stale. In training no table is asked for twice. What is
-// handed out is a copy, for a compiler may write over what an operator returned.
-class Memory {
- public:
-  template <typename F>
-  Tensor recall(const std::string& key, const F& make) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = tables_.find(key);
-      if (found != tables_.end() && found->second.defined()) return found->second.clone();
-    }
-    Tensor table = make();
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (tables_.size() >= kMost) tables_.clear();
-    const auto [entry, is_new] = tables_.try_emplace(key);
-    if (!is_new) {
-      const c10::InferenceMode ordinary(false);
-      entry->second = table.clone();
-    }
-    return table;
-  }
-
- private:
-  static constexpr size_t kMost = 1024;
-  std::mutex mutex_;
-  std::unordered_map<std::string, Tensor> tables_;
-};
-
-std::string key_of(const Field& field, const Settings& settings, at::ScalarType dtype) {
-  const auto& [version, a, b, bins] = settings;
-  std::string key = version;
-  const auto append = [&](const auto& value) { key.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
-  append(a), append(b), append(bins), append(dtype);
-  for (const double velocity : field.velocities) append(velocity);
-  return key;
-}
-
 Settings settings_of(std::string_view version, Domain domain, int64_t bins) {
   return {std::string(version), domain[0], domain[1], bins};
 }
 
 Tensor tabulate(const Tensor& velocities, std::string_view version, Domain domain, int64_t bins) {
-  static Memory memory;
-  const Settings settings = settings_of(version, domain, bins);
-  const Field field(velocities, domain[0], domain[1]);
-  return memory.recall(key_of(field, settings, velocities.scalar_type()), [&] {
-    return make_table(field, settings, velocities.options());
-  });
+  return make_table(
+      Field(velocities, domain[0], domain[1]), settings_of(version, domain, bins), velocities.options());
 }
 
 Tensor tabulate_backward(
@@ -684,6 +646,46 @@ Tensor tabulate_backward(
   return out.to(velocities.scalar_type());
 }
 
+// Lines of fields met before. The key holds the velocities themselves, so nothing here goes stale.
+template <typename A>
+std::shared_ptr<const Line<A>[]> remembered_lines(
+    const Tensor& velocities, const Settings& settings, const Layout& at, Domain domain) {
+  static constexpr size_t most = 1024;
+  static std::mutex mutex;
+  static std::unordered_map<std::string, std::shared_ptr<const Line<A>[]>> kept;
+  const auto& [version, a, b, bins] = settings;
+  const Tensor given = velocities.contiguous();
+  std::string key(reinterpret_cast<const char*>(given.const_data_ptr<A>()), sizeof(A) * given.numel());
+  for (const double number : {a, b, static_cast<double>(bins)}) {
+    key.append(reinterpret_cast<const char*>(&number), sizeof(number));
+  }
+  key += version;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = kept.find(key);
+    if (found != kept.end()) return found->second;
+  }
+  const Tensor table = make_table(Field(velocities, domain[0], domain[1]), settings, velocities.options());
+  std::shared_ptr<const Line<A>[]> lines = make_lines<A>(table.const_data_ptr<A>(), at, false);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (kept.size() >= most) kept.clear();
+  return kept[key] = lines;
+}
+
+// `lookup` in the table of `tabulate`, for calls that need no gradient.
+Tensor evaluate(const Tensor& x, const Tensor& velocities, std::string_view version, Domain domain, int64_t bins) {
+  const Settings settings = settings_of(version, domain, bins);
+  const Layout at(version, domain[0], domain[1], bins);
+  Tensor y = at::empty_like(x, x.options().dtype(readable(x, velocities)));
+  const Tensor from = laid_out(x, y);
+  for_dtypes(y, [&](auto table_type, auto x_type) {
+    using A = decltype(table_type);
+    const auto lines = remembered_lines<A>(velocities, settings, at, domain);
+    lookup_in_parallel<A, decltype(x_type)>(from, y, lines.get(), at, version);
+  });
+  return y.to(x.scalar_type());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ditac, CPU, m) {
@@ -691,4 +693,5 @@ TORCH_LIBRARY_IMPL(ditac, CPU, m) {
   m.impl("tabulate_backward", tabulate_backward);
   m.impl("lookup", lookup);
   m.impl("lookup_backward", lookup_backward);
+  m.impl("evaluate", evaluate);
 }
