@@ -31,7 +31,7 @@ def closed_form(x, velocities, version, domain):
 
 
 def table_error(domain, bins):
-    """FACTS.md section 2: at most 4.4e-4 with 1024 bins on (-3, 3), falling with the square of their width.
+    """Measured: at most 4.4e-4 with 1024 bins on (-3, 3), falling with the square of their width.
 
     A field keeps its shape relative to the domain (its cells, velocities and errors scale with b - a).
     """
@@ -39,7 +39,7 @@ def table_error(domain, bins):
 
 
 def random_field(version, kind, seed=0):
-    """Float64 knot velocities: a draw of the prior, or FACTS.md's rough field of sd 0.03 of the domain."""
+    """Float64 knot velocities: a draw of the prior, or a rough field of sd 0.03 of the domain."""
     generator = torch.Generator().manual_seed(seed)
     tessellation = cpab.Tessellation(10, DOMAINS[version])
     if kind == "prior":

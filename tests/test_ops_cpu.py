@@ -8,53 +8,15 @@ import textwrap
 
 import pytest
 import torch
-import torch.nn.functional as F
+from fields import DOMAINS, FIELDS, VERSIONS, field
 
-from ditac_timm import cpab, ops
+from ditac_timm import ops
 from ditac_timm.ops import cpu, reference
 
 pytestmark = pytest.mark.skipif(ops.kernel("cpu") != "C++", reason="no compiler, or DITAC_DISABLE_KERNELS is set")
 
-DOMAINS = {"ditac": (-3.0, 3.0), "ge": (0.0, 3.0), "leaky": (-3.0, 3.0), "inf": (-3.0, 3.0)}
-VERSIONS = list(DOMAINS)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 KERNELS = torch.ops.ditac
-
-
-def field(kind, domain, cells=10):
-    """Float64 knot velocities."""
-    generator = torch.Generator().manual_seed(0)
-    width = domain[1] - domain[0]
-    if kind == "prior":
-        tessellation = cpab.Tessellation(cells, domain)
-        return tessellation.velocities(cpab.sample_prior(tessellation, generator=generator))
-    velocities = F.pad(torch.randn(cells - 1, generator=generator, dtype=torch.float64) * 0.1 * width, (1, 1))
-    middle = cells // 2
-    if kind == "zero":
-        velocities.zero_()
-    elif kind == "zero in a cell":
-        velocities[middle : middle + 2] = 0
-    elif kind == "a resting knot":
-        velocities[middle] = 0
-    elif kind == "equal neighbours":
-        velocities[middle] = velocities[middle - 1]
-    elif kind == "nearly equal neighbours":
-        velocities[middle] = velocities[middle - 1] + 1e-6
-    elif kind == "fast":
-        velocities = F.pad(torch.full((cells - 1,), 3.0 * width, dtype=torch.float64), (1, 1))
-    elif kind == "fast to the left":
-        velocities = F.pad(torch.full((cells - 1,), -3.0 * width, dtype=torch.float64), (1, 1))
-    elif kind == "rough":
-        velocities = velocities * 10
-    elif kind == "open ends":
-        velocities[0], velocities[-1] = 0.7, -0.4
-    return velocities
-
-
-FIELDS = [
-    "prior", "zero", "zero in a cell", "a resting knot", "equal neighbours", "nearly equal neighbours", "fast",
-    "fast to the left", "rough", "open ends",
-]  # fmt: skip
 
 
 def table_of(version, dtype=torch.float32, bins=640):

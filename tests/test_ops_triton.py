@@ -14,23 +14,16 @@ import textwrap
 
 import pytest
 import torch
-import torch.nn.functional as F
+from fields import DOMAINS, FIELDS, VERSIONS, field
 
-from ditac_timm import cpab
 from ditac_timm.ops import reference
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 INF, NAN = math.inf, math.nan
-DOMAINS = {"ditac": (-3.0, 3.0), "ge": (0.0, 3.0), "leaky": (-3.0, 3.0), "inf": (-3.0, 3.0)}
-VERSIONS = list(DOMAINS)
 EXPONENTIALS = 2e-15  # no two libraries agree to the last digit
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-FIELDS = [
-    "prior", "rough", "zero", "zero in a cell", "a resting knot", "equal neighbours", "nearly equal neighbours", "fast",
-    "fast to the left", "very rough", "open ends",
-]  # fmt: skip
 
 SERVER = textwrap.dedent("""
     import pickle, sys, traceback, warnings
@@ -108,34 +101,6 @@ def kernels():
     kernels = Native() if GPU else Interpreted()
     yield kernels
     kernels.close()
-
-
-def field(kind, domain, cells=10):
-    """Float64 knot velocities."""
-    generator = torch.Generator().manual_seed(0)
-    width = domain[1] - domain[0]
-    if kind == "prior":
-        tessellation = cpab.Tessellation(cells, domain)
-        return tessellation.velocities(cpab.sample_prior(tessellation, generator=generator))
-    velocities = F.pad(torch.randn(cells - 1, generator=generator, dtype=torch.float64) * 0.03 * width, (1, 1))
-    middle = cells // 2
-    if kind == "zero":
-        velocities.zero_()
-    elif kind == "zero in a cell":
-        velocities[middle : middle + 2] = 0
-    elif kind == "a resting knot":
-        velocities[middle] = 0
-    elif kind == "equal neighbours":
-        velocities[middle] = velocities[middle - 1]
-    elif kind == "nearly equal neighbours":
-        velocities[middle] = velocities[middle - 1] + 1e-6
-    elif kind.startswith("fast"):
-        velocities[1:-1] = width * (-3 if "left" in kind else 3)
-    elif kind == "very rough":
-        velocities *= 30
-    elif kind == "open ends":
-        velocities[0], velocities[-1] = 0.7, -0.4
-    return velocities
 
 
 def settings_of(version, bins_per_unit=100):

@@ -100,7 +100,8 @@ def _fingerprint(command: list[str]) -> str:
         raise BuildError(f"there is no C++ compiler {command[0]!r}; install one, or name one in CXX") from None
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the C++ compiler {command[0]!r} does not work: {_last_words(error)}") from error
-    parts = (_SOURCE.read_bytes(), torch.__version__.encode(), " ".join(flags).encode(), macros)
+    sources = [path.read_bytes() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
+    parts = (*sources, torch.__version__.encode(), " ".join(flags).encode(), macros)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
