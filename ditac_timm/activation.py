@@ -196,7 +196,7 @@ def _recomputable(x: Tensor) -> Tensor:
     more than the base's activation does. Marked as checkpointed, this round trip may be recomputed, and all that is
     fused into it. The compiler folds it away, also after a linear layer, whose output is kept anyway.
     """
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or x.device.type == "mps":  # where there is no wider dtype
         return x
     return checkpoint(_round_trip, x, use_reentrant=False)
 

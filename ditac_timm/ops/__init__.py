@@ -2,9 +2,11 @@
 
 `tabulate` turns knot velocities into a table of the whole activation by the closed form; `lookup` interpolates in it.
 They are chained by plain autograd: the gradient of theta is a sum over the table's bins and one vector-Jacobian
-product. `reference.py` computes on any device. Faster kernels stand under the dispatch keys of their devices:
-`cpu.cpp`, built at first use (`python -m ditac_timm.ops` builds it ahead of time), and `triton.py`. Where one cannot be
-had, a warning says so once and the reference goes on. `DITAC_DISABLE_KERNELS=1` leaves only the reference.
+product. `evaluate` is both in one, for compiled models that need no gradient.
+
+`reference.py` computes on any device. Faster kernels stand under the dispatch keys of their devices: `cpu.cpp`, built
+at first use (`python -m ditac_timm.ops` builds it ahead of time), and `triton.py`. Where one cannot be had, a warning
+says so once and the reference goes on. `DITAC_DISABLE_KERNELS=1` leaves only the reference.
 """
 
 import functools
