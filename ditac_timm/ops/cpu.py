@@ -114,7 +114,7 @@ def _compile(command: list[str], library: Path) -> None:
         os.chmod(partial, 0o755)
         os.replace(partial, library)
     except subprocess.SubprocessError as error:
-        raise BuildError(f"{' '.join(command[:1])} did not compile {_SOURCE.name}: {_last_words(error)}") from error
+        raise BuildError(f"{command[0]} did not compile {_SOURCE.name}: {_last_words(error)}") from error
     finally:
         Path(partial).unlink(missing_ok=True)
 

@@ -57,15 +57,15 @@ inline Growth grow(double slope, double duration) {
 
 // A field, and the clock that a trajectory's crossings of whole cells are read from.
 struct Field {
-  double a, width;
+  double width;
   int64_t cells;
   std::vector<double> velocities, knots, slopes, clock;
   std::vector<Crossing> crossings;
   std::vector<Growth> whole;  // of each cell, for trajectories that stay in it
   std::vector<char> crossed;  // cells that some trajectory crosses within the time
 
-  Field(std::vector<double> velocities_, double a_, double b)
-      : a(a_), cells(static_cast<int64_t>(velocities_.size()) - 1), velocities(std::move(velocities_)) {
+  Field(std::vector<double> velocities_, double a, double b)
+      : cells(static_cast<int64_t>(velocities_.size()) - 1), velocities(std::move(velocities_)) {
     width = (b - a) / static_cast<double>(cells);
     for (int64_t k = 0; k <= cells; ++k) knots.push_back(k == cells ? b : a + width * static_cast<double>(k));
     clock.push_back(0.0);
