@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import cpab, ops
 from .ops import reference
@@ -90,7 +89,6 @@ class DiTAC(nn.Module):
             )
         self.theta = nn.Parameter(torch.empty(self.tessellation.dim, device=device, dtype=dtype))
         self._start: tuple[float, ...] | None = None
-        self._cache: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     @property
@@ -117,43 +115,11 @@ class DiTAC(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            if not (torch.is_grad_enabled() and (x.requires_grad or self.theta.requires_grad)):
-                return ops.evaluate(x, self._velocities(self.theta, dtype), self.version, self.domain, self.bins)
-            x = _recomputable(x) if x.requires_grad else x
-        return ops.lookup(x, self._table(dtype), self.version, self.domain, self.bins)
+        return ops.activate(x, self.theta, self.tessellation, self.version, self.bins)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
-        theta = self.theta
-        if (
-            self.training
-            or torch.compiler.is_compiling()
-            or theta.device.type != "cpu"  # where tabulating is one small launch, and a comparison would wait for it
-            or (theta.requires_grad and torch.is_grad_enabled())
-            or type(theta) not in (Tensor, nn.Parameter)
-            or torch._C._functorch.is_functorch_wrapped_tensor(theta)  # torch.func has no public way to ask
-        ):
-            return self._tabulate(theta, dtype)
-        # Compared by value: neither version counters nor hooks see every way in which theta is changed.
-        if self._cache is not None:
-            snapshot, table = self._cache
-            if table.dtype == dtype and snapshot.dtype == theta.dtype and torch.equal(snapshot, theta):
-                return table
-        with torch.inference_mode(False), torch.no_grad():  # so that training may go on with it
-            snapshot = theta.detach().clone()
-            table = self._tabulate(snapshot, dtype)
-        self._cache = snapshot, table
-        return table
-
-    def _tabulate(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
-        return ops.tabulate(self._velocities(theta, dtype), self.version, self.domain, self.bins)
-
-    def _velocities(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.tessellation.velocities(theta.to(dtype))
-
-    def __getstate__(self):
-        return {**self.__dict__, "_cache": None}
+        velocities = self.tessellation.velocities(self.theta.to(dtype))
+        return ops.tabulate(velocities, self.version, self.domain, self.bins)
 
     def __prepare_scriptable__(self):
         raise RuntimeError("torch.jit.script does not know DiTAC's operators; use torch.compile or torch.export.")
@@ -186,23 +152,6 @@ class DiTAC(nn.Module):
 
     def extra_repr(self) -> str:
         return f"version={self.version!r}, cells={self.cells}, domain={self.domain}, init={self.init!r}"
-
-
-def _recomputable(x: Tensor) -> Tensor:
-    """x itself, in a form that lets torch.compile make it anew for the gradient instead of keeping it.
-
-    After a normalisation the compiler keeps the convolution's output and recomputes the normalised one where the
-    gradient needs it; but never for an operator that it can't look into, such as `lookup`, which would cost a tensor
-    more than the base's activation does. Marked as checkpointed, this round trip may be recomputed, and all that is
-    fused into it. The compiler folds it away, also after a linear layer, whose output is kept anyway.
-    """
-    if x.dtype == torch.float64 or x.device.type == "mps":  # where there is no wider dtype
-        return x
-    return checkpoint(_round_trip, x, use_reentrant=False)
-
-
-def _round_trip(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float32 else torch.float32).to(x.dtype)
 
 
 class FrozenDiTAC(nn.Module):

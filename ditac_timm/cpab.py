@@ -243,17 +243,23 @@ class Tessellation:
                 f"theta must have the shape (..., {self.dim}) and be float32 or float64, "
                 f"but has {tuple(theta.shape)} and is {theta.dtype}."
             )
-        # A product and a sum rather than a matmul, which autocast would run in half precision.
-        return (theta.unsqueeze(-1) * self._velocity_matrix(theta)).sum(-2)
+        return velocities_in(self.velocity_basis(theta.dtype, theta.device), theta)
 
-    def _velocity_matrix(self, like: Tensor) -> Tensor:
+    def velocity_basis(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`(dim, cells + 1)`: the knot velocities, in x's unit, of each field of the basis. Not to be written to."""
         if torch.compiler.is_compiling() or not plain_eager():
-            return self._velocity_rows_on(like.dtype, like.device)
-        return _eager_velocity_matrix(self, like.dtype, like.device)
+            return self._new_velocity_basis(dtype, device)
+        return _kept_velocity_basis(self, dtype, device)
 
-    def _velocity_rows_on(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _new_velocity_basis(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         rows = _velocity_rows(self.cells, *self.domain)
         return torch.tensor(rows, dtype=dtype, device=device).reshape(self.dim, self.cells + 1)
+
+
+def velocities_in(basis: Tensor, theta: Tensor) -> Tensor:
+    """`theta @ basis` of two tensors of one dtype, unchecked."""
+    # A product and a sum rather than a matmul, which autocast would run in half precision.
+    return (theta.unsqueeze(-1) * basis).sum(-2)
 
 
 def plain_eager() -> bool:
@@ -262,9 +268,9 @@ def plain_eager() -> bool:
 
 
 @cache
-def _eager_velocity_matrix(tessellation: Tessellation, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept_velocity_basis(tessellation: Tessellation, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
-        return tessellation._velocity_rows_on(dtype, device)
+        return tessellation._new_velocity_basis(dtype, device)
 
 
 # The constants are NumPy's, so that no torch mode (meta device, fake tensors, inference) can reach them.

@@ -11,6 +11,7 @@ import torch
 from fields import DOMAINS, FIELDS, VERSIONS, field
 
 from ditac_timm import ops
+from ditac_timm.cpab import Tessellation
 from ditac_timm.ops import cpu, reference
 
 pytestmark = pytest.mark.skipif(ops.kernel("cpu") != "C++", reason="no compiler, or DITAC_DISABLE_KERNELS is set")
@@ -213,24 +214,29 @@ def test_cells(cells):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_evaluation_is_a_lookup_in_the_table(version, dtype):
-    """Also when its table is remembered, of several fields and settings in turn."""
+    """Also when its table is remembered, of several thetas and settings in turn."""
     torch.manual_seed(0)
     x = (torch.randn(5003, dtype=torch.float64) * 4).to(dtype)
+    tessellation = Tessellation(10, DOMAINS[version])
+    thetas = torch.randn(2, 9), torch.randn(2, 9).bfloat16(), torch.randn(9, 2).double().T
     for bins in (170, 340) * 2:
-        for kind in ("prior", "rough"):
-            settings = (version, DOMAINS[version], bins)
-            velocities = field(kind, DOMAINS[version]).to(wide(dtype))
-            expected = KERNELS.lookup(x, KERNELS.tabulate(velocities, *settings), *settings)
-            ours = ops.evaluate(x, velocities, *settings)
-            assert torch.equal(ours, expected) and ours.stride() == expected.stride()
+        for theta in (row for rows in thetas for row in rows):
+            assert_evaluates(x, theta, tessellation, version, bins)
 
 
-def test_more_fields_than_are_remembered():
-    x, settings = torch.linspace(-4, 4, 50), ("inf", DOMAINS["inf"], 20)
-    fields = [torch.full((11,), 1e-3 * i) for i in range(1100)]
-    for velocities in (*fields, *fields[:3]):
-        expected = KERNELS.lookup(x, KERNELS.tabulate(velocities, *settings), *settings)
-        assert torch.equal(ops.evaluate(x, velocities, *settings), expected)
+def test_more_thetas_than_are_remembered():
+    x, tessellation = torch.linspace(-4, 4, 50), Tessellation(10, DOMAINS["inf"])
+    thetas = [torch.full((9,), 1e-3 * i) for i in range(1100)]
+    for theta in (*thetas, *thetas[:3]):
+        assert_evaluates(x, theta, tessellation, "inf", 20)
+
+
+def assert_evaluates(x, theta, tessellation, version, bins):
+    settings = version, tessellation.domain, bins
+    velocities = tessellation.velocities(theta.to(wide(x.dtype)))
+    expected = KERNELS.lookup(x, KERNELS.tabulate(velocities, *settings), *settings)
+    ours = KERNELS.evaluate(x, theta, tessellation.velocity_basis(wide(x.dtype), x.device), *settings)
+    assert torch.equal(ours, expected) and ours.stride() == expected.stride()
 
 
 # --- Building ---------------------------------------------------------------------------------------------------------

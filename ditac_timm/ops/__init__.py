@@ -2,7 +2,8 @@
 
 `tabulate` turns knot velocities into a table of the whole activation by the closed form; `lookup` interpolates in it.
 They are chained by plain autograd: the gradient of theta is a sum over the table's bins and one vector-Jacobian
-product. `evaluate` is both in one, for compiled models that need no gradient.
+product. `activate` goes from theta to the result by the shortest way: in eager training the chain is one node of the
+autograd graph; where no gradient is needed, `ditac::evaluate` is both operators in one and remembers tables.
 
 `reference.py` computes on any device. Faster kernels stand under the dispatch keys of their devices: `cpu.cpp`, built
 at first use (`python -m ditac_timm.ops` builds it ahead of time), and `triton.py`. Where one cannot be had, a warning
@@ -18,33 +19,49 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from .. import cpab
 from . import reference
 
-__all__ = ["evaluate", "kernel", "lookup", "tabulate"]
+__all__ = ["activate", "kernel", "lookup", "tabulate"]
 
 _TABLE = "str version, float[] domain, int bins"
 torch.library.define("ditac::tabulate", f"(Tensor velocities, {_TABLE}) -> Tensor")
 torch.library.define("ditac::tabulate_backward", f"(Tensor grad, Tensor velocities, {_TABLE}) -> Tensor")
-torch.library.define("ditac::lookup", f"(Tensor x, Tensor table, {_TABLE}) -> Tensor")
+# These take x in any strides, so the compiler need not bring it back to those of the traced model before each of them.
+_ANY_STRIDES = torch.Tag.flexible_layout
+torch.library.define("ditac::lookup", f"(Tensor x, Tensor table, {_TABLE}) -> Tensor", tags=_ANY_STRIDES)
 torch.library.define(
     "ditac::lookup_backward",
     f"(Tensor grad, Tensor x, Tensor table, {_TABLE}, bool need_x, bool need_table) -> (Tensor, Tensor)",
+    tags=_ANY_STRIDES,
 )
 
 _OPERATORS = ("tabulate", "tabulate_backward", "lookup", "lookup_backward")
 for _name in _OPERATORS:
     torch.library.impl(f"ditac::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
 
-# Both in one, for torch.compile, which can keep no table from call to call. It has no derivative.
-torch.library.define("ditac::evaluate", f"(Tensor x, Tensor velocities, {_TABLE}) -> Tensor")
+# Both in one, from theta on. It has no derivative.
+torch.library.define("ditac::evaluate", f"(Tensor x, Tensor theta, Tensor basis, {_TABLE}) -> Tensor", tags=_ANY_STRIDES)
 
 
 @torch.library.impl("ditac::evaluate", "CompositeExplicitAutograd")
-def _evaluate(x: Tensor, velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
-    table = torch.ops.ditac.tabulate.default(velocities, version, domain, bins)
+def _evaluate(x: Tensor, theta: Tensor, basis: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
+    velocities = cpab.velocities_in(basis, theta.to(basis.dtype))
+    if velocities.device.type == "cpu" and cpab.plain_eager():
+        table = _remembered_table(velocities.numpy().tobytes(), velocities.dtype, version, tuple(domain), bins)
+    else:  # tabulating is one small launch, and looking at the velocities would wait for it
+        table = torch.ops.ditac.tabulate.default(velocities, version, domain, bins)
     return torch.ops.ditac.lookup.default(x, table, version, domain, bins)
+
+
+# By the velocities' values: neither version counters nor hooks see every way in which theta is changed.
+@functools.lru_cache(maxsize=1024)
+def _remembered_table(velocities: bytes, dtype: torch.dtype, version: str, domain: tuple[float, float], bins: int):
+    return torch.ops.ditac.tabulate.default(
+        torch.frombuffer(bytearray(velocities), dtype=dtype), version, domain, bins
+    )
 
 
 class _FirstCall:
@@ -163,33 +180,94 @@ def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins
     if x.device != table.device:
         raise ValueError(f"x and the table, so theta, must be on one device, but are on {x.device} and {table.device}.")
     _refuse_forward_mode(x, table)
-    if _needs_no_gradient(x, table):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _lookup(x, table, version, domain, bins)
-    return _lookup(x, table, version, domain, bins)
+    return torch.ops.ditac.lookup.default(x, table, version, domain, bins)
 
 
-def evaluate(x: Tensor, velocities: Tensor, version: str, domain: Sequence[float], bins: int) -> Tensor:
-    """`lookup` in the table of `tabulate`, without a gradient. The kernel for CPUs remembers tables by velocities.
+def activate(x: Tensor, theta: Tensor, tessellation: cpab.Tessellation, version: str, bins: int) -> Tensor:
+    """`lookup` in the table of `tabulate`, with the velocities of theta.
 
     Args:
         x: As for `lookup`.
-        velocities: As for `tabulate`, and so the rest.
+        theta: `(tessellation.dim,)`, of any floating dtype; what is computed with it is float32 at least.
+        tessellation: Gives the domain and the basis.
+        version: As for `tabulate`.
+        bins: As for `tabulate`.
 
     Returns:
         As `lookup`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `lookup` and `tabulate`.
     """
-    return torch.ops.ditac.evaluate.default(x, velocities, version, domain, bins)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    settings = version, tessellation.domain, bins
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad)
+    if torch.compiler.is_compiling():
+        short = not needs_gradient and not torch.compiler.is_exporting()
+        x = _recomputable(x) if x.requires_grad and not torch.compiler.is_exporting() else x
+    else:
+        short = cpab.plain_eager() and not torch.jit.is_tracing() and x.device == theta.device
+    if not (short and x.is_floating_point()):
+        return lookup(x, tabulate(tessellation.velocities(theta.to(dtype)), *settings), *settings)
+    _refuse_forward_mode(x, theta)
+    basis = tessellation.velocity_basis(dtype, theta.device)
+    if needs_gradient:
+        return _Activate.apply(x, theta, basis, *settings)
+    return torch.ops.ditac.evaluate.default(x, theta, basis, *settings)
 
 
-_lookup = torch.ops.ditac.lookup.default
+def _recomputable(x: Tensor) -> Tensor:
+    """x itself, in a form that lets torch.compile make it anew for the gradient instead of keeping it.
+
+    After a normalisation the compiler keeps the convolution's output and recomputes the normalised one where the
+    gradient needs it; but never for an operator that it can't look into, such as `lookup`, which would cost a tensor
+    more than the base's activation does. Marked as checkpointed, this round trip may be recomputed, and all that is
+    fused into it. The compiler folds it away, also after a linear layer, whose output is kept anyway.
+    """
+    if x.dtype == torch.float64 or x.device.type == "mps":  # where there is no wider dtype
+        return x
+    return checkpoint(_round_trip, x, use_reentrant=False)
 
 
-def _needs_no_gradient(x: Tensor, table: Tensor) -> bool:
-    """Whether the gradient's code, which torch.library wrote in Python, can be stepped over: it takes half the time."""
-    if torch.compiler.is_compiling() or not cpab.plain_eager():
-        return False
-    return not torch.is_grad_enabled() or not (x.requires_grad or table.requires_grad)
+def _round_trip(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float32 else torch.float32).to(x.dtype)
+
+
+class _Activate(torch.autograd.Function):
+    """`tabulate` and `lookup` as one node: a step crosses into Python and back once for each direction, not six times."""
+
+    @staticmethod
+    def forward(ctx, x, theta, basis, *settings):
+        with torch._C._AutoDispatchBelowAutograd():
+            velocities = cpab.velocities_in(basis, theta.to(basis.dtype))
+            table = torch.ops.ditac.tabulate.default(velocities, *settings)
+            y = torch.ops.ditac.lookup.default(x, table, *settings)
+        ctx.save_for_backward(x, theta, basis, velocities, table)
+        ctx.settings = settings
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, theta, basis, velocities, table = ctx.saved_tensors
+        need_x, need_theta = ctx.needs_input_grad[:2]
+        grad_theta = None
+        if torch.is_grad_enabled():  # create_graph=True: once more in operators that have a derivative themselves
+            with torch.enable_grad():
+                velocities = cpab.velocities_in(basis, theta.to(basis.dtype))
+                table = torch.ops.ditac.tabulate.default(velocities, *ctx.settings)
+                y = torch.ops.ditac.lookup.default(x, table, *ctx.settings)
+            needed = [tensor for tensor, need in ((x, need_x), (theta, need_theta)) if need]
+            gradients = iter(torch.autograd.grad(y, needed, grad, create_graph=True))
+            grad_x, grad_theta = (next(gradients) if need else None for need in (need_x, need_theta))
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_x, grad_table = torch.ops.ditac.lookup_backward.default(
+                    grad, x, table, *ctx.settings, need_x, need_theta
+                )
+                if need_theta:
+                    grad_velocities = torch.ops.ditac.tabulate_backward.default(grad_table, velocities, *ctx.settings)
+                    grad_theta = (grad_velocities * basis).sum(-1).to(theta.dtype)
+        return grad_x if need_x else None, grad_theta, None, None, None, None
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
@@ -215,9 +293,13 @@ def _(grad, velocities, version, domain, bins):
     return torch.empty_like(velocities)
 
 
-@torch.library.register_fake("ditac::evaluate")
 @torch.library.register_fake("ditac::lookup")
 def _(x, table, version, domain, bins):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("ditac::evaluate")
+def _(x, theta, basis, version, domain, bins):
     return torch.empty_like(x)
 
 

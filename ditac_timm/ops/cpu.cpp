@@ -35,21 +35,15 @@ namespace {
 using at::Tensor;
 using ditac::Field;
 using ditac::FieldGradient;
+using ditac::Real;
 using ditac::Trajectory;
+using ditac::kLanes;
+template <typename T>
+using Vec = ditac::Vec<T, 8>;
 using Settings = std::tuple<std::string, double, double, int64_t>;  // version, a, b, bins
 using Domain = at::ArrayRef<double>;
 
 // --- Vectors of eight -------------------------------------------------------------------------------------------------
-
-template <typename T>
-struct Eight {
-  typedef T type __attribute__((vector_size(8 * sizeof(T))));
-};
-template <typename T>
-using Vec = typename Eight<T>::type;
-
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
 
 template <typename A, typename X>
 INLINE Vec<A> load(const X* from) {
@@ -136,26 +130,34 @@ std::unique_ptr<Line<A>[]> make_lines(const A* table, const Layout& at, bool der
   return lines;
 }
 
-// Eight positions in bins, the same kept within the rows, their rows, and the rows' lines. NaN goes to row 0.
+// Eight positions in bins, their rows, and the rows' lines. NaN goes to the first or the last row.
 template <typename A>
 struct Found {
-  Vec<A> position, kept, intercept, slope;
+  Vec<A> position, intercept, slope;
   Vec<int32_t> row;
 };
+
+template <typename A>
+INLINE Vec<A> keep_within(Vec<A> position, A last) {  // NaN stays
+  const Vec<A> zero = Vec<A>{}, kept = position < zero ? zero : position;
+  return kept > last ? zero + last : kept;
+}
 
 template <typename A>
 INLINE Found<A> find(Vec<A> x, const Line<A>* lines, A origin, A scale, A offset, A last) {
   Found<A> found;
   found.position = (x - origin) * scale + offset;
-  const Vec<A> zero = Vec<A>{};
-  found.kept = found.position < zero ? zero : found.position;
-  found.kept = found.kept > last ? zero + last : found.kept;
-  found.row = __builtin_convertvector(found.kept, Vec<int32_t>);
-  found.row = found.row > 0 ? found.row : Vec<int32_t>{};  // what a NaN becomes depends on the processor
   if constexpr (std::is_same_v<A, float>) {
+    // Bits of floats that are not negative are in the order of the floats, and negative ones are negative; so whole
+    // numbers are compared, which takes one instruction where floats and their NaN take two.
+    Vec<int32_t> bits = (Vec<int32_t>)found.position;
+    const Vec<int32_t> most = (Vec<int32_t>)(Vec<float>{} + last), zero = {};
+    bits = bits < most ? bits : most;
+    bits = bits > zero ? bits : zero;
+    found.row = __builtin_convertvector((Vec<float>)bits, Vec<int32_t>);
     typedef uint64_t Four __attribute__((vector_size(32)));
-    typedef double Pairs __attribute__((vector_size(32)));
     const Four rows = (Four)found.row;
+    typedef double Pairs __attribute__((vector_size(32)));
     typedef double Pair __attribute__((may_alias));  // moved, never used as a number
     const Pair* pairs = reinterpret_cast<const Pair*>(lines);
     const auto low = [&](int i) INLINE_LAMBDA { return pairs[static_cast<uint32_t>(rows[i])]; };
@@ -170,6 +172,8 @@ INLINE Found<A> find(Vec<A> x, const Line<A>* lines, A origin, A scale, A offset
     found.slope = __builtin_shuffle(a, b, Vec<int32_t>{1, 3, 9, 11, 5, 7, 13, 15});
 #endif
   } else {
+    found.row = __builtin_convertvector(keep_within(found.position, last), Vec<int32_t>);
+    found.row = found.row > 0 ? found.row : Vec<int32_t>{};  // what a NaN becomes depends on the processor
     for (int i = 0; i < 8; ++i) {
       found.intercept[i] = lines[found.row[i]].intercept;
       found.slope[i] = lines[found.row[i]].slope;
@@ -182,11 +186,11 @@ INLINE Found<A> find(Vec<A> x, const Line<A>* lines, A origin, A scale, A offset
 
 constexpr int64_t kGrain = 8192;  // elements that are worth another thread
 
-// Divides [0, size) among at most as many tasks as there are threads; returns how many there are.
+// Divides [0, size) among at most as many tasks as there are threads, in multiples of `unit`; returns how many there are.
 template <typename F>
-int64_t divide(int64_t size, int64_t grain, const F& task) {
+int64_t divide(int64_t size, int64_t grain, int64_t unit, const F& task) {
   const int64_t tasks = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), (size + grain - 1) / grain), 1);
-  const int64_t share = (size / tasks + 7) / 8 * 8;
+  const int64_t share = (size / tasks + unit - 1) / unit * unit;
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t from = std::min(i * share, size);
@@ -234,7 +238,7 @@ void backward_span(
     const Vec<A> g = load<A>(from_grad), value = load<A>(from);
     const Found<A> found = find<A>(value, lines, origin, scale, offset, last);
     if constexpr (need_x) {
-      store<A>(to, (found.slope * found.kept + found.intercept) * g);
+      store<A>(to, (found.slope * keep_within(found.position, last) + found.intercept) * g);
     }
     if constexpr (need_table) {
       const Vec<A> weighted = g * (found.position - __builtin_convertvector(found.row, Vec<A>));
@@ -313,7 +317,7 @@ void lookup_in_parallel(const Tensor& x, Tensor& y, const Line<A>* lines, const 
   const A least = ends_in_zero ? static_cast<A>(at.low - at.width) : -std::numeric_limits<A>::infinity();
   const X* in = x.const_data_ptr<X>();
   X* out = y.mutable_data_ptr<X>();
-  divide(x.numel(), kGrain, [&](int64_t, int64_t begin, int64_t end) {
+  divide(x.numel(), kGrain, 8, [&](int64_t, int64_t begin, int64_t end) {
     lookup_span<A, X>(in + begin, out + begin, end - begin, lines, at, least);
   });
 }
@@ -347,7 +351,7 @@ std::tuple<Tensor, Tensor> lookup_backward(
     const X *g = from_grad.const_data_ptr<X>(), *in = from.const_data_ptr<X>();
     X* out = grad_x.mutable_data_ptr<X>();
     std::vector<std::vector<double>> sums(need_table ? at::get_num_threads() : 0);
-    const int64_t tasks = divide(x.numel(), kGrain, [&](int64_t task, int64_t begin, int64_t end) {
+    const int64_t tasks = divide(x.numel(), kGrain, 8, [&](int64_t task, int64_t begin, int64_t end) {
       if (need_table) sums[task].assign(2 * at.rows, 0.0);
       span(g + begin, in + begin, out + begin, end - begin, lines.get(), at, need_table ? sums[task].data() : nullptr);
     });
@@ -362,7 +366,8 @@ std::tuple<Tensor, Tensor> lookup_backward(
 
 // --- Tabulate ---------------------------------------------------------------------------------------------------------
 
-// What does not depend on the velocities: Phi and phi at the domain's nodes, and all columns outside the domain.
+// What does not depend on the velocities: Phi and phi at the domain's nodes (and some more, so that kLanes can be read
+// from each), and all columns outside the domain.
 struct Fixed {
   std::vector<double> cdf, pdf;
   std::vector<double> left[2], right[2];
@@ -380,7 +385,7 @@ std::shared_ptr<const Fixed> fixed_nodes(const Settings& settings) {
   const auto& [version, a, b, bins] = settings;
   const Layout at(version, a, b, bins);
   auto made = std::make_shared<Fixed>();
-  for (int64_t i = 0; i <= bins; ++i) {
+  for (int64_t i = 0; i <= bins + kLanes; ++i) {
     const double x = a + at.width * static_cast<double>(i);
     made->cdf.push_back(normal_cdf(x));
     made->pdf.push_back(normal_pdf(x));
@@ -402,10 +407,56 @@ std::shared_ptr<const Fixed> fixed_nodes(const Settings& settings) {
   return fixed = made;
 }
 
-constexpr int64_t kNodeGrain = 256;
-constexpr double kLargest = 1e36;  // as reference.LARGEST
+constexpr int64_t kNodeGrain = 4096;  // nodes that are worth another thread
+constexpr double kLargest = 1e36;     // as reference.LARGEST
 
-int64_t cell_of(int64_t node, int64_t bins, int64_t cells) { return std::min(node / (bins / cells), cells - 1); }
+// Calls task(number of the task, cell, first node, number of nodes, the nodes) for the domain's nodes, at most kLanes
+// neighbours of one cell at a time. Each cell has its left node, the last one b as well. Returns the number of tasks.
+template <typename F>
+int64_t divide_nodes(const Settings& settings, int64_t cells, const F& task) {
+  const double a = std::get<1>(settings), b = std::get<2>(settings);
+  const int64_t bins = std::get<3>(settings), share = bins / cells;
+  const double width = (b - a) / static_cast<double>(bins);
+  const auto node_at = [&](int64_t node) { return node == bins ? b : a + width * static_cast<double>(node); };
+  return divide(cells, std::max<int64_t>(kNodeGrain / share, 1), 1, [&](int64_t number, int64_t begin, int64_t end) {
+    for (int64_t cell = begin; cell < end; ++cell) {
+      const int64_t stop = (cell + 1) * share + (cell + 1 == cells);
+      for (int64_t node = cell * share; node < stop; node += kLanes) {
+        const int64_t last = std::min(node + kLanes, stop) - 1;
+        Real x;
+        for (int i = 0; i < kLanes; ++i) x[i] = node_at(std::min(node + i, last));
+        task(number, cell, node, last - node + 1, x);
+      }
+    }
+  });
+}
+
+INLINE Real load_four(const std::vector<double>& from, int64_t index) {
+  Real values;
+  std::memcpy(&values, from.data() + index, sizeof(values));
+  return values;
+}
+
+template <typename A>
+INLINE void store_some(A* to, Real values, int64_t count) {
+  const ditac::Vec<A, kLanes> narrowed = __builtin_convertvector(values, ditac::Vec<A, kLanes>);
+  if (count == kLanes) {
+    std::memcpy(to, &narrowed, sizeof(narrowed));
+  } else {
+    std::memcpy(to, &narrowed, count * sizeof(A));
+  }
+}
+
+template <typename A>
+INLINE Real load_some(const A* from, int64_t count) {  // zeros beyond them
+  ditac::Vec<A, kLanes> values = {};
+  if (count == kLanes) {
+    std::memcpy(&values, from, sizeof(values));
+  } else {
+    std::memcpy(&values, from, count * sizeof(A));
+  }
+  return __builtin_convertvector(values, Real);
+}
 
 template <typename A>
 void tabulate_into(const Field& field, const Settings& settings, A* out) {
@@ -414,14 +465,16 @@ void tabulate_into(const Field& field, const Settings& settings, A* out) {
   const auto fixed = fixed_nodes(settings);
   const bool times_cdf = version == "ditac";
   A *values = out + at.left + 1, *slopes = values + at.nodes;
-  divide(bins + 1, kNodeGrain, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const double x = i == bins ? b : a + at.width * static_cast<double>(i);
-      const Trajectory flow(field, cell_of(i, bins, field.cells), x);
-      const double cdf = times_cdf ? fixed->cdf[i] : 1.0, pdf = times_cdf ? fixed->pdf[i] : 0.0;
-      values[i] = static_cast<A>(flow.y * cdf);
-      slopes[i] = static_cast<A>(std::min(flow.slope * cdf + flow.y * pdf, kLargest));
+  divide_nodes(settings, field.cells, [&](int64_t, int64_t cell, int64_t node, int64_t count, Real x) INLINE_LAMBDA {
+    const Trajectory flow(field, cell, x);
+    Real value = flow.y, slope = flow.slope;
+    if (times_cdf) {
+      const Real cdf = load_four(fixed->cdf, node), pdf = load_four(fixed->pdf, node);
+      slope = slope * cdf + value * pdf;
+      value *= cdf;
     }
+    store_some(values + node, value, count);
+    store_some(slopes + node, ditac::at_most(slope, kLargest), count);
   });
   for (int row = 0; row < 2; ++row) {
     A *middle = row ? slopes : values, *left = middle - at.left - 1, *right = middle + bins + 1;
@@ -459,58 +512,66 @@ Tensor tabulate(const Tensor& velocities, std::string_view version, Domain domai
   return make_table(field_of(velocities, domain), settings_of(version, domain, bins), velocities.options());
 }
 
+template <typename A>
+std::vector<double> tabulate_gradient(const A* grad, const Field& field, const Settings& settings) {
+  const auto& [version, a, b, bins] = settings;
+  const Layout at(version, a, b, bins);
+  const auto fixed = fixed_nodes(settings);
+  const bool times_cdf = version == "ditac", own_ends = version == "inf";
+  const A *by_value = grad + at.left + 1, *by_slope = by_value + at.nodes;
+  std::vector<FieldGradient> sums(at::get_num_threads(), FieldGradient(field.cells));
+  const int64_t last = bins;
+  const int64_t tasks =
+      divide_nodes(settings, field.cells, [&](int64_t task, int64_t cell, int64_t node, int64_t count, Real x) INLINE_LAMBDA {
+        Real g = load_some(by_value + node, count), g_slope = load_some(by_slope + node, count);
+        const auto twin = [&](int64_t lane, int64_t column) {  // these columns stand twice
+          g[lane] += by_value[column], g_slope[lane] += by_slope[column];
+        };
+        if (own_ends && node == 0) twin(0, -1);
+        if (own_ends && node + count > last) twin(count - 1, last + 1);
+        if (times_cdf) {
+          const Real cdf = load_four(fixed->cdf, node), pdf = load_four(fixed->pdf, node);
+          g = g * cdf + g_slope * pdf;
+          g_slope *= cdf;
+        }
+        if (ditac::any((g != 0) | (g_slope != 0))) Trajectory(field, cell, x).backward(g, g_slope, sums[task]);
+      });
+  for (int64_t task = 1; task < tasks; ++task) sums[0].add(sums[task]);
+  return sums[0].of_velocities(field);
+}
+
 Tensor tabulate_backward(
     const Tensor& grad, const Tensor& velocities, std::string_view version, Domain domain, int64_t bins) {
   const Settings settings = settings_of(version, domain, bins);
-  const Layout at(version, domain[0], domain[1], bins);
   const Field field = field_of(velocities, domain);
-  const auto fixed = fixed_nodes(settings);
-  const bool times_cdf = version == "ditac", own_ends = version == "inf";
-  const Tensor given = grad.to(at::kDouble).contiguous();
-  const double *by_value = given.const_data_ptr<double>() + at.left + 1, *by_slope = by_value + at.nodes;
-  std::vector<FieldGradient> sums(at::get_num_threads(), FieldGradient(field.cells));
-  const int64_t tasks = divide(bins + 1, kNodeGrain, [&](int64_t task, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double g = by_value[i], g_slope = by_slope[i];
-      if (own_ends && (i == 0 || i == bins)) {  // these columns stand twice
-        const int64_t twin = i == 0 ? -1 : bins + 1;
-        g += by_value[twin], g_slope += by_slope[twin];
-      }
-      if (times_cdf) {
-        g = g * fixed->cdf[i] + g_slope * fixed->pdf[i];
-        g_slope *= fixed->cdf[i];
-      }
-      if (g == 0 && g_slope == 0) continue;
-      const double x = i == bins ? domain[1] : domain[0] + at.width * static_cast<double>(i);
-      Trajectory(field, cell_of(i, bins, field.cells), x).backward(g, g_slope, sums[task]);
-    }
-  });
-  for (int64_t task = 1; task < tasks; ++task) sums[0].add(sums[task]);
+  const Tensor given = grad.contiguous();
+  const auto total = given.scalar_type() == at::kDouble
+      ? tabulate_gradient(given.const_data_ptr<double>(), field, settings)
+      : tabulate_gradient(given.const_data_ptr<float>(), field, settings);
   Tensor out = at::empty({field.cells + 1}, velocities.options().dtype(at::kDouble));
-  const auto& total = sums[0].of_velocities(field);
   std::copy(total.begin(), total.end(), out.mutable_data_ptr<double>());
   return out.to(velocities.scalar_type());
 }
 
-// Lines of fields met before. The key holds the velocities themselves, so nothing here goes stale.
+// Lines of thetas met before. The key holds the values themselves, so nothing here goes stale.
 template <typename A>
 std::shared_ptr<const Line<A>[]> remembered_lines(
-    const Tensor& velocities, const Settings& settings, const Layout& at, Domain domain) {
+    const Tensor& theta, const Tensor& basis, const Settings& settings, const Layout& at, Domain domain) {
   static constexpr size_t most = 1024;
   static std::mutex mutex;
   static std::unordered_map<std::string, std::shared_ptr<const Line<A>[]>> kept;
   const auto& [version, a, b, bins] = settings;
-  const Tensor given = velocities.contiguous();
-  std::string key(reinterpret_cast<const char*>(given.const_data_ptr<A>()), sizeof(A) * given.numel());
-  for (const double number : {a, b, static_cast<double>(bins)}) {
-    key.append(reinterpret_cast<const char*>(&number), sizeof(number));
-  }
-  key += version;
+  std::string key = version;
+  const auto append = [&](const void* from, size_t size) { key.append(static_cast<const char*>(from), size); };
+  const auto dtype = theta.scalar_type();
+  for (const double number : {a, b, static_cast<double>(bins), static_cast<double>(dtype)}) append(&number, 8);
+  for (const Tensor& given : {theta.contiguous(), basis.contiguous()}) append(given.const_data_ptr(), given.nbytes());
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = kept.find(key);
     if (found != kept.end()) return found->second;
   }
+  const Tensor velocities = theta.to(basis.scalar_type()).unsqueeze(-1).mul(basis).sum(-2);  // as cpab.velocities_in
   const Tensor table = make_table(field_of(velocities, domain), settings, velocities.options());
   std::shared_ptr<const Line<A>[]> lines = make_lines<A>(table.const_data_ptr<A>(), at, false);
   const std::lock_guard<std::mutex> lock(mutex);
@@ -519,14 +580,15 @@ std::shared_ptr<const Line<A>[]> remembered_lines(
 }
 
 // `lookup` in the table of `tabulate`, for calls that need no gradient.
-Tensor evaluate(const Tensor& x, const Tensor& velocities, std::string_view version, Domain domain, int64_t bins) {
+Tensor evaluate(
+    const Tensor& x, const Tensor& theta, const Tensor& basis, std::string_view version, Domain domain, int64_t bins) {
   const Settings settings = settings_of(version, domain, bins);
   const Layout at(version, domain[0], domain[1], bins);
-  Tensor y = at::empty_like(x, x.options().dtype(readable(x, velocities)));
+  Tensor y = at::empty_like(x, x.options().dtype(readable(x, basis)));
   const Tensor from = laid_out(x, y);
   for_dtypes(y, [&](auto table_type, auto x_type) {
     using A = decltype(table_type);
-    const auto lines = remembered_lines<A>(velocities, settings, at, domain);
+    const auto lines = remembered_lines<A>(theta, basis, settings, at, domain);
     lookup_in_parallel<A, decltype(x_type)>(from, y, lines.get(), at, version);
   });
   return y.to(x.scalar_type());

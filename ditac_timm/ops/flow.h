@@ -1,9 +1,11 @@
-// The flow of one field and its gradient: the closed form of cpab.flow_with_slope, a point at a time. Plain C++.
+// The flow of one field and its gradient: the closed form of cpab.flow_with_slope, four points at a time. Plain C++.
 //
 // A trajectory is its first, partial cell, one search on a clock that shows the crossing times of whole cells, and its
 // last, partial cell. Its gradient goes the same way back, and into the sums of the clock: O(1) a point, too.
 
 #pragma once
+
+#include "vectors.h"
 
 #include <algorithm>
 #include <cmath>
@@ -17,42 +19,60 @@ namespace ditac {
 const double kAtRest = std::sqrt(std::numeric_limits<double>::min());
 const double kLargestGrowth = std::log(std::numeric_limits<double>::max()) - 1;
 
+// A polynomial and its derivative, from the highest coefficient down.
+template <int n>
+INLINE std::pair<Real, Real> polynomial(const double (&coefficients)[n], Real x) {
+  Real value = all(coefficients[0]), derivative = Real{};
+  for (int i = 1; i < n; ++i) {
+    derivative = derivative * x + value;
+    value = value * x + coefficients[i];
+  }
+  return {value, derivative};
+}
+
 // distance * log(exit_speed / speed) / (exit_speed - speed), and its derivatives with respect to both speeds.
 struct Crossing {
-  double time, by_speed, by_exit_speed;
+  Real time, by_speed, by_exit_speed;
 };
 
-inline Crossing cross(double distance, double speed, double exit_speed) {
-  const double total = speed + exit_speed, difference = exit_speed - speed, ratio = difference / total;
-  if (std::abs(ratio) < 0.02) {  // by a series: artanh(ratio) / ratio, and its derivative
-    const double square = ratio * ratio, scale = 2 * distance / total;
-    const double series = 1 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square / 9)));
-    const double slope = ratio * (2.0 / 3 + square * (4.0 / 5 + square * (6.0 / 7 + square * 8 / 9)));
-    const double over = scale / total;
-    return {
-        scale * series, over * (-series - 2 * exit_speed / total * slope), over * (-series + 2 * speed / total * slope)};
-  }
-  const double time = distance * std::log(exit_speed / speed) / difference;
-  return {time, (time - distance / speed) / difference, (distance / exit_speed - time) / difference};
+INLINE Crossing cross(Real distance, Real speed, Real exit_speed) {
+  // log(exit_speed / speed) = k log 2 + 2 artanh(ratio), where |ratio| <= 0.172; where k = 0 the ratio cancels.
+  constexpr double terms[] = {
+      1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0};
+  const Whole k = nearest_exponent(exit_speed / speed);
+  const Real scaled = speed * power_of_two(k), total = exit_speed + scaled, ratio = (exit_speed - scaled) / total;
+  const auto [series, by_square] = polynomial(terms, ratio * ratio);  // artanh(ratio) / ratio
+  const Real scale = 2 * distance / total, over = scale / total, slope = 2 * ratio * by_square;
+  const Real difference = exit_speed - speed;
+  const Real time = distance * (2 * ratio * series + real_of(k) * M_LN2) / difference;
+  const Whole near = k == 0;
+  return {
+      near ? scale * series : time,
+      near ? over * (-series - 2 * exit_speed / total * slope) : (time - distance / speed) / difference,
+      near ? over * (-series + 2 * speed / total * slope) : (distance / exit_speed - time) / difference};
 }
 
 // Integral of exp(slope * t) over the duration, its derivative with respect to slope, and exp(slope * duration).
 struct Growth {
-  double integral, by_slope, factor;
+  Real integral, by_slope, factor;
 };
 
-inline Growth grow(double slope, double duration) {
-  const double z = std::min(slope * duration, kLargestGrowth), factor = std::exp(z);
-  if (std::abs(z) < 0.1) {  // by the series of (e^z - 1) / z, and of its derivative
-    constexpr double terms[] = {1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0};
-    double value = 0.0, derivative = 0.0;
-    for (const double term : terms) {
-      derivative = derivative * z + value;
-      value = value * z + term;
-    }
-    return {duration * value, duration * duration * derivative, factor};
-  }
-  return {(factor - 1) / slope, (factor * (z - 1) + 1) / (slope * slope), factor};
+INLINE Growth grow(Real slope, Real duration) {
+  // exp(z) = 2^k exp(rest), |rest| <= 0.347.
+  constexpr double terms[] = {  // of (exp(rest) - 1) / rest
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+      1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0};
+  constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
+  const Real z = at_least(at_most(slope * duration, kLargestGrowth), -kLargestGrowth);
+  const Real rounded = z * M_LOG2E + kRound, whole = rounded - kRound;
+  const Whole k = whole_in(rounded);
+  const Real rest = (z - whole * ln2_high) - whole * ln2_low;
+  const auto [series, by_rest] = polynomial(terms, rest);
+  const Real power = power_of_two(k), factor = power + power * (rest * series);
+  const Whole near = k == 0;
+  return {
+      near ? duration * series : (factor - 1) / slope,
+      near ? duration * duration * by_rest : (factor * (z - 1) + 1) / (slope * slope), factor};
 }
 
 // A field, and the clock that a trajectory's crossings of whole cells are read from.
@@ -60,27 +80,32 @@ struct Field {
   double width;
   int64_t cells;
   std::vector<double> velocities, knots, slopes, clock;
-  std::vector<Crossing> crossings;
-  std::vector<Growth> whole;  // of each cell, for trajectories that stay in it
-  std::vector<char> crossed;  // cells that some trajectory crosses within the time
+  std::vector<double> by_speed, by_exit_speed;             // derivatives of each cell's crossing time; 0 if none crosses
+  std::vector<double> integral, integral_by_slope, factor;  // growth in each cell for trajectories that stay in it
 
   Field(std::vector<double> velocities_, double a, double b)
       : cells(static_cast<int64_t>(velocities_.size()) - 1), velocities(std::move(velocities_)) {
     width = (b - a) / static_cast<double>(cells);
     for (int64_t k = 0; k <= cells; ++k) knots.push_back(k == cells ? b : a + width * static_cast<double>(k));
     clock.push_back(0.0);
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      const double v = velocities[cell], w = velocities[cell + 1];
-      slopes.push_back((w - v) / width);
-      whole.push_back(grow(slopes.back(), 1.0));
-      Crossing crossing{2.0, 0.0, 0.0};  // longer than the time there is: never left again
-      if (v * w > 0 && std::abs(v) > kAtRest && std::abs(w) > kAtRest) {
-        crossing = cross(width, std::abs(v), std::abs(w));
+    for (int64_t begin = 0; begin < cells; begin += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, cells - begin);
+      Real left = Real{}, right = Real{};
+      for (int64_t i = 0; i < count; ++i) left[i] = velocities[begin + i], right[i] = velocities[begin + i + 1];
+      const Real slope = (right - left) / width;
+      const Growth growth = grow(slope, all(1.0));
+      const Crossing crossing = cross(all(width), magnitude(left), magnitude(right));
+      const Whole crossed = (left * right > 0) & (magnitude(left) > kAtRest) & (magnitude(right) > kAtRest) &
+          (crossing.time < 2);
+      for (int64_t i = 0; i < count; ++i) {
+        slopes.push_back(slope[i]);
+        integral.push_back(growth.integral[i]);
+        integral_by_slope.push_back(growth.by_slope[i]);
+        factor.push_back(growth.factor[i]);
+        by_speed.push_back(crossed[i] ? crossing.by_speed[i] : 0.0);
+        by_exit_speed.push_back(crossed[i] ? crossing.by_exit_speed[i] : 0.0);
+        clock.push_back(clock.back() + (crossed[i] ? crossing.time[i] : 2.0));  // longer than the time there is
       }
-      const bool within = crossing.time < 2;
-      crossed.push_back(within);
-      crossings.push_back(within ? crossing : Crossing{2.0, 0.0, 0.0});
-      clock.push_back(clock.back() + crossings.back().time);
     }
   }
 };
@@ -101,79 +126,84 @@ struct FieldGradient {
     double later = 0.0;
     for (int64_t cell = field.cells - 1; cell >= 0; --cell) {
       later += clock[cell + 1];
-      if (field.crossed[cell]) {
-        const double sign = field.velocities[cell] > 0 ? 1.0 : -1.0;
-        velocities[cell] += sign * later * field.crossings[cell].by_speed;
-        velocities[cell + 1] += sign * later * field.crossings[cell].by_exit_speed;
-      }
-      velocities[cell] -= slopes[cell] / field.width;
-      velocities[cell + 1] += slopes[cell] / field.width;
+      const double sign = field.velocities[cell] > 0 ? 1.0 : -1.0;
+      velocities[cell] += sign * later * field.by_speed[cell] - slopes[cell] / field.width;
+      velocities[cell + 1] += sign * later * field.by_exit_speed[cell] + slopes[cell] / field.width;
     }
     return velocities;
   }
 };
 
-// The flow from x in a cell for a unit of time, forward and, given gradients of its two results, backward.
+// The flow from four points of one cell for a unit of time, forward and, given gradients of its two results, backward.
 struct Trajectory {
   const Field& field;
-  int64_t cell, exit_knot, last, entry_knot;
-  double x, velocity, direction, duration;
+  int64_t cell;
+  Real x, velocity, y, slope;
+  Whole exits;  // which leave the cell; for all others, what follows means nothing
+  Real direction, duration, entry, last_slope;
+  Whole exit_knot, last, entry_knot;
   Crossing first;
   Growth growth;
-  bool exits;
-  double y, slope;
 
-  Trajectory(const Field& f, int64_t cell_, double x_) : field(f), cell(cell_), last(cell_), entry_knot(0), x(x_) {
+  INLINE Trajectory(const Field& f, int64_t cell_, Real x_) : field(f), cell(cell_), x(x_) {
     const double left = f.velocities[cell], right = f.velocities[cell + 1];
     velocity = (left * (f.knots[cell + 1] - x) + right * (x - f.knots[cell])) / f.width;
-    const bool moving_right = velocity > 0;
-    direction = moving_right ? 1.0 : -1.0;
-    exit_knot = cell + moving_right;
-    const double exit_velocity = f.velocities[exit_knot];
-    exits = std::abs(velocity) > kAtRest && exit_velocity * direction > kAtRest && exit_knot > 0 && exit_knot < f.cells;
-    if (exits) {
-      first = cross(direction * (f.knots[exit_knot] - x), std::abs(velocity), std::abs(exit_velocity));
-      exits = first.time < 1;
-    }
-    if (!exits) {
-      duration = 1.0;
-      growth = f.whole[cell];
-      y = x + velocity * growth.integral;
-      slope = growth.factor;
-      return;
-    }
-    const double end = f.clock[exit_knot] + direction * (1 - first.time);
-    last = std::upper_bound(f.clock.begin(), f.clock.end(), end) - f.clock.begin() - 1;
-    last = moving_right ? std::max(last, exit_knot) : std::min(last, exit_knot - 1);
-    last = std::min(std::max<int64_t>(last, 0), f.cells - 1);
-    entry_knot = last + !moving_right;
-    duration = direction * (end - f.clock[entry_knot]);
-    growth = grow(f.slopes[last], duration);
-    y = f.knots[entry_knot] + f.velocities[entry_knot] * growth.integral;
-    slope = growth.factor * f.velocities[entry_knot] / velocity;
+    y = x + velocity * f.integral[cell];
+    slope = all(f.factor[cell]);
+    const Whole moving_right = velocity > 0, moving_left = ~moving_right;
+    const bool way_left = left < -kAtRest && cell > 0, way_right = right > kAtRest && cell + 1 < f.cells;
+    exits = magnitude(velocity) > kAtRest;
+    exits &= (moving_right & -int64_t{way_right}) | (moving_left & -int64_t{way_left});
+    if (!any(exits)) return;
+    const Real distance = moving_right ? f.knots[cell + 1] - x : x - f.knots[cell];
+    first = cross(distance, magnitude(velocity), moving_right ? all(std::abs(right)) : all(std::abs(left)));
+    exits &= first.time < 1;
+    if (!any(exits)) return;
+    direction = moving_right ? all(1.0) : all(-1.0);
+    exit_knot = cell - moving_right;
+    const Real end = (moving_right ? all(f.clock[cell + 1]) : all(f.clock[cell])) + direction * (1 - first.time);
+    last = Whole{} - 1;
+    for (int64_t k = 0; k <= f.cells; ++k) last -= f.clock[k] <= end;
+    const Whole nearest = exit_knot + moving_left;  // the cell beyond the exit
+    last = moving_right ? (last > nearest ? last : nearest) : (last < nearest ? last : nearest);
+    last = last < 0 ? Whole{} : last;
+    last = last >= f.cells ? Whole{} + (f.cells - 1) : last;
+    entry_knot = last - moving_left;
+    duration = direction * (end - gather(f.clock.data(), entry_knot));
+    last_slope = gather(f.slopes.data(), last);
+    entry = gather(f.velocities.data(), entry_knot);
+    growth = grow(last_slope, duration);
+    y = exits ? gather(f.knots.data(), entry_knot) + entry * growth.integral : y;
+    slope = exits ? growth.factor * entry / velocity : slope;
   }
 
-  void backward(double grad_y, double grad_slope, FieldGradient& out) const {
-    const double last_slope = field.slopes[last];
-    const bool bounded = last_slope * duration < kLargestGrowth;  // else the factor is held
-    const double grad_growth = bounded ? grad_slope * slope : 0.0;
-    double grad_velocity;
-    if (!exits) {
-      grad_velocity = grad_y * growth.integral;
-      out.slopes[cell] += grad_y * velocity * growth.by_slope + grad_growth;
+  INLINE void backward(Real grad_y, Real grad_slope, FieldGradient& out) const {
+    const Real no = Real{};
+    Real grad_velocity = grad_y * field.integral[cell];
+    const Real grad_growth = field.slopes[cell] < kLargestGrowth ? grad_slope * slope : no;  // else it is held
+    const Real grad_own_slope = grad_y * velocity * field.integral_by_slope[cell] + grad_growth;
+    if (!any(exits)) {
+      out.slopes[cell] += sum(grad_own_slope);
     } else {
-      const double entry = field.velocities[entry_knot];
-      out.velocities[entry_knot] += grad_y * growth.integral + grad_slope * slope / entry;
-      out.slopes[last] += grad_y * entry * growth.by_slope + grad_growth * duration;
-      const double grad_duration = grad_y * entry * growth.factor + grad_growth * last_slope;
-      out.clock[exit_knot] += direction * grad_duration;
-      out.clock[entry_knot] -= direction * grad_duration;
-      out.velocities[exit_knot] -= direction * grad_duration * first.by_exit_speed;
-      grad_velocity = -direction * grad_duration * first.by_speed - grad_slope * slope / velocity;
+      const Real grad_growth = last_slope * duration < kLargestGrowth ? grad_slope * slope : no;
+      const Real grad_duration = direction * (grad_y * entry * growth.factor + grad_growth * last_slope);
+      const Real grad_entry = grad_y * growth.integral + grad_slope * slope / entry;
+      const Real grad_last_slope = grad_y * entry * growth.by_slope + grad_growth * duration;
+      const Real grad_exit = grad_duration * first.by_exit_speed;
+      grad_velocity = exits ? -grad_duration * first.by_speed - grad_slope * slope / velocity : grad_velocity;
+      out.slopes[cell] += sum(exits ? no : grad_own_slope);
+      for (int i = 0; i < kLanes; ++i) {
+        if (!exits[i]) continue;
+        out.velocities[entry_knot[i]] += grad_entry[i];
+        out.slopes[last[i]] += grad_last_slope[i];
+        out.clock[exit_knot[i]] += grad_duration[i];
+        out.clock[entry_knot[i]] -= grad_duration[i];
+        out.velocities[exit_knot[i]] -= grad_exit[i];
+      }
     }
-    const double share = (x - field.knots[cell]) / field.width;
-    out.velocities[cell] += grad_velocity * (1 - share);
-    out.velocities[cell + 1] += grad_velocity * share;
+    const Real share = (x - field.knots[cell]) / field.width;
+    out.velocities[cell] += sum(grad_velocity * (1 - share));
+    out.velocities[cell + 1] += sum(grad_velocity * share);
   }
 };
 
