@@ -100,17 +100,17 @@ class Subject:
         return memory.saved_bytes(loss, without=self._own_tensors())
 
     def tabulation(self) -> Callable[[], None] | None:
-        """A call that tabulates every DiTAC layer, forward and backward; None where there is none."""
+        """A call that tabulates every DiTAC layer, forward and backward, as an eager training step does; or None."""
         layers = [module for module in self.model.modules() if isinstance(module, DiTAC)]
         if not layers:
             return None
-        gradients = [torch.ones_like(_tabulate(layer)) for layer in layers]
+        # Dense gradients, as of inputs that reach every bin.
+        gradients = [torch.ones_like(_tabulate(layer)[1]) for layer in layers]
 
         def call() -> None:
             for layer, gradient in zip(layers, gradients, strict=True):
-                with torch.no_grad():
-                    layer.theta.add_(1e-6)  # as an optimizer would: tables of the same theta are remembered
-                torch.autograd.grad(_tabulate(layer), layer.theta, gradient)
+                velocities, _ = _tabulate(layer)
+                ops.tabulate_theta_backward(gradient, velocities, _basis(layer), *_settings(layer))
 
         return call
 
@@ -180,6 +180,13 @@ def _batch_norm_flops(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(outputs[0].type().sizes())
 
 
-def _tabulate(layer: DiTAC) -> Tensor:
-    velocities = layer.tessellation.velocities(layer.theta.float())
-    return ops.tabulate(velocities, layer.version, layer.domain, layer.bins)
+def _tabulate(layer: DiTAC) -> tuple[Tensor, Tensor]:
+    return ops.tabulate_theta(layer.theta, _basis(layer), *_settings(layer))
+
+
+def _basis(layer: DiTAC) -> Tensor:
+    return layer.tessellation.velocity_basis(torch.float32, layer.theta.device)
+
+
+def _settings(layer: DiTAC) -> tuple[str, tuple[float, float], int]:
+    return layer.version, layer.domain, layer.bins

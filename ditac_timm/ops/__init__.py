@@ -233,14 +233,26 @@ def _round_trip(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float32 else torch.float32).to(x.dtype)
 
 
+def tabulate_theta(theta: Tensor, basis: Tensor, *settings) -> tuple[Tensor, Tensor]:
+    """Velocities and table of theta, of basis' dtype, without a graph."""
+    with torch._C._AutoDispatchBelowAutograd():  # torch.library's Python code for gradients would take twice the time
+        velocities = cpab.velocities_in(basis, theta.to(basis.dtype))
+        return velocities, torch.ops.ditac.tabulate.default(velocities, *settings)
+
+
+def tabulate_theta_backward(grad_table: Tensor, velocities: Tensor, basis: Tensor, *settings) -> Tensor:
+    """Gradient of theta, of basis' dtype, from the one of its table."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return (torch.ops.ditac.tabulate_backward.default(grad_table, velocities, *settings) * basis).sum(-1)
+
+
 class _Activate(torch.autograd.Function):
     """`tabulate` and `lookup` as one node: a step crosses into Python and back once for each direction, not six times."""
 
     @staticmethod
     def forward(ctx, x, theta, basis, *settings):
+        velocities, table = tabulate_theta(theta, basis, *settings)
         with torch._C._AutoDispatchBelowAutograd():
-            velocities = cpab.velocities_in(basis, theta.to(basis.dtype))
-            table = torch.ops.ditac.tabulate.default(velocities, *settings)
             y = torch.ops.ditac.lookup.default(x, table, *settings)
         ctx.save_for_backward(x, theta, basis, velocities, table)
         ctx.settings = settings
@@ -264,9 +276,8 @@ class _Activate(torch.autograd.Function):
                 grad_x, grad_table = torch.ops.ditac.lookup_backward.default(
                     grad, x, table, *ctx.settings, need_x, need_theta
                 )
-                if need_theta:
-                    grad_velocities = torch.ops.ditac.tabulate_backward.default(grad_table, velocities, *ctx.settings)
-                    grad_theta = (grad_velocities * basis).sum(-1).to(theta.dtype)
+            if need_theta:
+                grad_theta = tabulate_theta_backward(grad_table, velocities, basis, *ctx.settings).to(theta.dtype)
         return grad_x if need_x else None, grad_theta, None, None, None, None
 
 
