@@ -808,7 +808,21 @@ def _saved_elements(model, x):
     return sum(sizes.values())
 
 
+class SqueezeExcited(nn.Module):
+    """Where the compiler recomputes the base's activation, for the gate's gradient needs it."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), act()
+        self.gate, self.out = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.act(self.norm(self.conv(x)))
+        return self.out(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+
+
 NETWORKS = {
+    "squeeze and excite": SqueezeExcited,
     "convolution": lambda act: nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 8, 3, padding=1)
     ),
@@ -827,6 +841,27 @@ def test_compiled_training_keeps_no_more_than_the_base(network):
         kept.append(_saved_elements(torch.compile(NETWORKS[network](act), fullgraph=True), x))
     table = 2 * reference_ops.nodes("ditac", (-3.0, 3.0), DiTAC().bins) + 11  # and the velocities
     assert kept[1] <= kept[0] + table
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_compiler_may_keep_its_own_strides(mode, monkeypatch):
+    """It runs convolutions channels_last; brought back to the model's strides, each tensor would be copied twice."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), prior(), nn.Conv2d(8, 8, 3)).train(mode == "train")
+    compiled, x, seen = torch.compile(model, fullgraph=True), torch.randn(2, 3, 16, 16), []
+    operator = torch.ops.ditac.lookup if mode == "train" else torch.ops.ditac.evaluate
+    real = operator.default
+
+    def watched(x, *arguments):
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return real(x, *arguments)
+
+    with torch.set_grad_enabled(mode == "train"):
+        expected = compiled(x)
+        monkeypatch.setattr(operator, "default", watched)  # generated code looks it up at each call
+        torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(model(x), expected)
+    assert seen[0]
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")

@@ -315,6 +315,51 @@ def test_leaky_slope_is_exact_in_float64():
     torch.testing.assert_close(ops.lookup(x, table, "leaky", (-3.0, 3.0), 600), 0.01 * x, rtol=1e-12, atol=0)
 
 
+# --- From theta to the result in one node, and without a gradient in one operator -------------------------------------
+
+
+@pytest.mark.parametrize("theta_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_activate_is_the_chain_of_operators_bit_for_bit(version, dtype, theta_dtype):
+    tessellation, x = cpab.Tessellation(10, DOMAINS[version]), points(1000, dtype=dtype).requires_grad_()
+    theta = cpab.sample_prior(tessellation, generator=torch.Generator().manual_seed(0)).to(theta_dtype).requires_grad_()
+    grad = points(1000, seed=1, reach=1.0, dtype=dtype)
+    velocities = tessellation.velocities(theta.to(torch.float64 if dtype == torch.float64 else torch.float32))
+    settings = version, tessellation.domain, 640
+    chained = ops.lookup(x, ops.tabulate(velocities, *settings), *settings)
+    activated = ops.activate(x, theta, tessellation, version, 640)
+    with torch.no_grad():
+        evaluated = ops.activate(x, theta, tessellation, version, 640)
+    assert torch.equal(activated, chained) and torch.equal(evaluated, chained)
+    for ours, expected in zip(*(torch.autograd.grad(y, [x, theta], grad) for y in (activated, chained)), strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+def test_activate_is_one_node():
+    tessellation, x = cpab.Tessellation(), points(10, dtype=torch.float32).requires_grad_()
+    theta = torch.zeros(9, requires_grad=True)
+    y = ops.activate(x, theta, tessellation, "ditac", 640)
+    assert [type(function).__name__ for function, _ in y.grad_fn.next_functions if function] == ["AccumulateGrad"] * 2
+
+
+@pytest.mark.parametrize("needed", ["x", "theta", "both"])
+def test_activate_has_the_chains_second_derivative(needed):
+    tessellation = cpab.Tessellation()
+    x, theta = points(50), cpab.sample_prior(tessellation, generator=torch.Generator().manual_seed(0)).double()
+    inputs = {"x": [x], "theta": [theta], "both": [x, theta]}[needed]
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def second(y):
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in first), inputs)
+
+    chained = ops.lookup(x, ops.tabulate(tessellation.velocities(theta), *SETTINGS), *SETTINGS)
+    for ours, expected in zip(second(ops.activate(x, theta, tessellation, "ditac", 640)), second(chained), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,9 @@ for _name in _OPERATORS:
     torch.library.impl(f"ditac::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
 
 # Both in one, from theta on. It has no derivative.
-torch.library.define("ditac::evaluate", f"(Tensor x, Tensor theta, Tensor basis, {_TABLE}) -> Tensor", tags=_ANY_STRIDES)
+torch.library.define(
+    "ditac::evaluate", f"(Tensor x, Tensor theta, Tensor basis, {_TABLE}) -> Tensor", tags=_ANY_STRIDES
+)
 
 
 @torch.library.impl("ditac::evaluate", "CompositeExplicitAutograd")
@@ -59,9 +61,7 @@ def _evaluate(x: Tensor, theta: Tensor, basis: Tensor, version: str, domain: Seq
 # By the velocities' values: neither version counters nor hooks see every way in which theta is changed.
 @functools.lru_cache(maxsize=1024)
 def _remembered_table(velocities: bytes, dtype: torch.dtype, version: str, domain: tuple[float, float], bins: int):
-    return torch.ops.ditac.tabulate.default(
-        torch.frombuffer(bytearray(velocities), dtype=dtype), version, domain, bins
-    )
+    return torch.ops.ditac.tabulate.default(torch.frombuffer(bytearray(velocities), dtype=dtype), version, domain, bins)
 
 
 class _FirstCall:
@@ -204,11 +204,11 @@ def activate(x: Tensor, theta: Tensor, tessellation: cpab.Tessellation, version:
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad)
     if torch.compiler.is_compiling():
         short = not needs_gradient and not torch.compiler.is_exporting()
-        x = _recomputable(x) if x.requires_grad and not torch.compiler.is_exporting() else x
     else:
         short = cpab.plain_eager() and not torch.jit.is_tracing() and x.device == theta.device
     if not (short and x.is_floating_point()):
-        return lookup(x, tabulate(tessellation.velocities(theta.to(dtype)), *settings), *settings)
+        look = _lookup_recomputably if torch.compiler.is_compiling() and x.requires_grad else lookup
+        return look(x, tabulate(tessellation.velocities(theta.to(dtype)), *settings), *settings)
     _refuse_forward_mode(x, theta)
     basis = tessellation.velocity_basis(dtype, theta.device)
     if needs_gradient:
@@ -216,20 +216,24 @@ def activate(x: Tensor, theta: Tensor, tessellation: cpab.Tessellation, version:
     return torch.ops.ditac.evaluate.default(x, theta, basis, *settings)
 
 
-def _recomputable(x: Tensor) -> Tensor:
-    """x itself, in a form that lets torch.compile make it anew for the gradient instead of keeping it.
+def _lookup_recomputably(x: Tensor, table: Tensor, *settings) -> Tensor:
+    """`lookup`, such that torch.compile keeps no tensor more for the gradient than it keeps for the base's activation.
 
-    After a normalisation the compiler keeps the convolution's output and recomputes the normalised one where the
-    gradient needs it; but never for an operator that it can't look into, such as `lookup`, which would cost a tensor
-    more than the base's activation does. Marked as checkpointed, this round trip may be recomputed, and all that is
-    fused into it. The compiler folds it away, also after a linear layer, whose output is kept anyway.
+    The compiler makes what a normalisation or an activation gave anew where the gradient needs it, but never for an
+    operator that it can't look into: it would keep both x and y. What is marked as checkpointed it may make anew. For x
+    that needs an operator of its own: a round trip through another dtype, which the compiler folds away and into which
+    it fuses all that comes before. For y it is `lookup` once more; on a GPU that pass over memory is dearer than y.
     """
-    if x.dtype == torch.float64 or x.device.type == "mps":  # where there is no wider dtype
-        return x
-    return checkpoint(_round_trip, x, use_reentrant=False)
+    if torch.compiler.is_exporting():
+        return lookup(x, table, *settings)
+    if x.device.type == "cpu":
+        return checkpoint(lambda x, table: lookup(_round_trip(x), table, *settings), x, table, use_reentrant=False)
+    return lookup(checkpoint(_round_trip, x, use_reentrant=False), table, *settings)
 
 
 def _round_trip(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64 or x.device.type == "mps":  # where there is no wider dtype
+        return x
     return x.to(torch.float64 if x.dtype == torch.float32 else torch.float32).to(x.dtype)
 
 
@@ -247,7 +251,7 @@ def tabulate_theta_backward(grad_table: Tensor, velocities: Tensor, basis: Tenso
 
 
 class _Activate(torch.autograd.Function):
-    """`tabulate` and `lookup` as one node: a step crosses into Python and back once for each direction, not six times."""
+    """`tabulate` and `lookup` as one node: a step crosses into Python once in each direction, not six times."""
 
     @staticmethod
     def forward(ctx, x, theta, basis, *settings):
