@@ -180,11 +180,11 @@ def lookup(x: Tensor, table: Tensor, version: str, domain: Sequence[float], bins
     # Where the activation ends in 0, -inf times a slope of 0 would be NaN.
     least = layout.low - layout.width if version in ("ditac", "ge") else -math.inf
     y = torch.empty_like(x)
-    for (piece, out), (wide, position, row, line) in _chunks((x, y), table.dtype):
-        torch.clamp(piece.to(table.dtype), min=least, out=wide)
+    for (piece, out), (position, row, line, intercept, slope) in _chunks((x, y), table.dtype):
+        wide = piece.to(table.dtype)
         _rows(layout.position(wide, out=position), layout.rows, out=row)
-        intercept, slope = torch.view_as_real(torch.index_select(lines, 0, row, out=line)).unbind(1)
-        _into(out, torch.addcmul, intercept, slope, wide)
+        torch.index_select(lines, 0, row, out=line)
+        _into(out, torch.addcmul, intercept, slope, torch.clamp(wide, min=least, out=position))
     return y
 
 
@@ -202,26 +202,21 @@ def lookup_backward(
     layout = Layout(table, version, domain, bins)
     lines = torch.view_as_complex(layout.derivative_lines(table))
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    sums = torch.zeros(layout.rows, dtype=_complex(cpab.internal_dtype(table.device)), device=table.device)
+    sums = torch.zeros(2, layout.rows, dtype=cpab.internal_dtype(table.device), device=table.device)
     tensors = (grad, x, grad_x) if need_x else (grad, x)
-    for (piece_grad, piece, *out), (wide, position, row, line) in _chunks(tensors, table.dtype, like=x):
+    for (piece_grad, piece, *out), (position, row, line, intercept, slope) in _chunks(tensors, table.dtype, like=x):
         piece_grad = piece_grad.to(table.dtype)
         layout.position(piece.to(table.dtype), out=position)
-        _rows(wide.copy_(position), layout.rows, out=row)
+        kept = position.clone()
+        _rows(kept, layout.rows, out=row)
         if need_x:
-            intercept, slope = torch.view_as_real(torch.index_select(lines, 0, row, out=line)).unbind(1)
-            derivative = torch.addcmul(intercept, slope, wide)
-            _into(out[0], torch.mul, derivative, piece_grad)
-        if need_table:
-            # Both sums at once, and in float64: float32 sums of equal numbers stop growing.
-            weights = torch.view_as_real(torch.empty(len(row), dtype=sums.dtype, device=row.device))
-            weights[:, 0] = piece_grad
-            weights[:, 1] = position.sub_(row).mul_(piece_grad)
-            sums.index_add_(0, row, torch.view_as_complex(weights))
-    node_gradient = (
-        _node_gradient(torch.view_as_real(sums).T, layout, table.dtype) if need_table else table.new_empty(0)
-    )
-    return grad_x, node_gradient
+            torch.index_select(lines, 0, row, out=line)
+            _into(out[0], torch.mul, torch.addcmul(intercept, slope, kept, out=kept), piece_grad)
+        if need_table:  # in float64: float32 sums of equal numbers stop growing
+            index = row.to(torch.int64)
+            sums[0].scatter_add_(0, index, piece_grad.to(sums.dtype))
+            sums[1].scatter_add_(0, index, position.sub_(row).mul_(piece_grad).to(sums.dtype))
+    return grad_x, _node_gradient(sums, layout, table.dtype) if need_table else table.new_empty(0)
 
 
 def lookup_backward_differentiable(
@@ -285,19 +280,21 @@ def _chunks(
     """Walk tensors of one shape together in flat pieces that a CPU's cache holds.
 
     The order is that of `torch.empty_like(like)`'s memory (by default of the first tensor's); a tensor laid out
-    otherwise is copied, so it must not be written to. With each piece come buffers of its length: two of `dtype`, an
-    int32 one and a complex one.
+    otherwise is copied, so it must not be written to. With each piece come buffers of its length: one of `dtype`, an
+    int32 one, a complex one, and the two parts of the latter.
     """
     like = tensors[0] if like is None else like
     flat = [_flat(tensor, like) for tensor in tensors]
     size = like.numel()
-    step = 262144 * torch.get_num_threads() if like.device.type == "cpu" else max(size, 1)
+    step = 131072 * torch.get_num_threads() if like.device.type == "cpu" else max(size, 1)
     length = min(size, step)
-    dtypes = (dtype, dtype, torch.int32, _complex(dtype))
-    buffers = [torch.empty(length, dtype=dtype, device=like.device) for dtype in dtypes]
+    line = torch.empty(length, dtype=_complex(dtype), device=like.device)
+    buffers = torch.empty(length, dtype=dtype, device=like.device), torch.empty_like(line, dtype=torch.int32), line
+    buffers += torch.view_as_real(line).unbind(1)
     for begin in range(0, size, step):
-        piece = tuple(tensor[begin : begin + step] for tensor in flat)
-        yield piece, tuple(buffer[: len(piece[0])] for buffer in buffers)
+        if size - begin < length:
+            buffers = tuple(buffer[: size - begin] for buffer in buffers)
+        yield tuple(tensor[begin : begin + step] for tensor in flat), buffers
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
