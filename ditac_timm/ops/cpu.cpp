@@ -130,11 +130,12 @@ std::unique_ptr<Line<A>[]> make_lines(const A* table, const Layout& at, bool der
   return lines;
 }
 
-// Eight positions in bins, their rows, and the rows' lines. NaN goes to the first or the last row.
+// Eight positions in bins, their rows (also one by one), and the rows' lines. NaN goes to the first or the last row.
 template <typename A>
 struct Found {
   Vec<A> position, intercept, slope;
   Vec<int32_t> row;
+  uint32_t rows[8];
 };
 
 template <typename A>
@@ -156,14 +157,15 @@ INLINE Found<A> find(Vec<A> x, const Line<A>* lines, A origin, A scale, A offset
     bits = bits > zero ? bits : zero;
     found.row = __builtin_convertvector((Vec<float>)bits, Vec<int32_t>);
     typedef uint64_t Four __attribute__((vector_size(32)));
-    const Four rows = (Four)found.row;
+    for (int i = 0; i < 4; ++i) {  // two at a time
+      const uint64_t two = ((Four)found.row)[i];
+      found.rows[2 * i] = static_cast<uint32_t>(two), found.rows[2 * i + 1] = two >> 32;
+    }
     typedef double Pairs __attribute__((vector_size(32)));
     typedef double Pair __attribute__((may_alias));  // moved, never used as a number
-    const Pair* pairs = reinterpret_cast<const Pair*>(lines);
-    const auto low = [&](int i) INLINE_LAMBDA { return pairs[static_cast<uint32_t>(rows[i])]; };
-    const auto high = [&](int i) INLINE_LAMBDA { return pairs[rows[i] >> 32]; };
-    const Vec<float> a = (Vec<float>)Pairs{low(0), high(0), low(2), high(2)};
-    const Vec<float> b = (Vec<float>)Pairs{low(1), high(1), low(3), high(3)};
+    const auto pair = [&](int i) INLINE_LAMBDA { return reinterpret_cast<const Pair*>(lines)[found.rows[i]]; };
+    const Vec<float> a = (Vec<float>)Pairs{pair(0), pair(1), pair(4), pair(5)};
+    const Vec<float> b = (Vec<float>)Pairs{pair(2), pair(3), pair(6), pair(7)};
 #if defined(__clang__) || __GNUC__ >= 12
     found.intercept = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14);
     found.slope = __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
@@ -175,8 +177,9 @@ INLINE Found<A> find(Vec<A> x, const Line<A>* lines, A origin, A scale, A offset
     found.row = __builtin_convertvector(keep_within(found.position, last), Vec<int32_t>);
     found.row = found.row > 0 ? found.row : Vec<int32_t>{};  // what a NaN becomes depends on the processor
     for (int i = 0; i < 8; ++i) {
-      found.intercept[i] = lines[found.row[i]].intercept;
-      found.slope[i] = lines[found.row[i]].slope;
+      found.rows[i] = found.row[i];
+      found.intercept[i] = lines[found.rows[i]].intercept;
+      found.slope[i] = lines[found.rows[i]].slope;
     }
   }
   return found;
@@ -243,7 +246,7 @@ void backward_span(
     if constexpr (need_table) {
       const Vec<A> weighted = g * (found.position - __builtin_convertvector(found.row, Vec<A>));
       const auto add = [&](int i, Two pair) INLINE_LAMBDA {
-        Two* bin = reinterpret_cast<Two*>(sums) + static_cast<uint32_t>(found.row[i]);
+        Two* bin = reinterpret_cast<Two*>(sums) + found.rows[i];
         *bin += pair;
       };
       const Vec<double> totals = __builtin_convertvector(g, Vec<double>);
