@@ -5,9 +5,11 @@
     torchrun --nproc-per-node 8 train.py -c recipe.yaml --data-dir /data/imagenet
     python train.py -c output/train/RUN/args.yaml --resume output/train/RUN
 
-A run's folder, OUTPUT/EXPERIMENT, holds args.yaml (the flags, for -c), summary.csv (a line an epoch), last.pth.tar
-(which --resume continues from), model_best.pth.tar, and the best checkpoint-EPOCH.pth.tar. A checkpoint is a dict of
-tensors and plain values, which torch.load reads with weights_only=True:
+A run's folder, OUTPUT/EXPERIMENT, holds args.yaml (the flags, for -c), summary.csv (a line an epoch), last.pth.tar,
+model_best.pth.tar, the best checkpoint-EPOCH.pth.tar and, within an epoch, the latest recovery-EPOCH-UPDATES.pth.tar.
+--resume FOLDER goes on from the newest whole one, bit for bit, and so does a run that torchrun restarts. SIGTERM and
+SIGINT end a run after the update at hand, with its state saved and exit code 75. A checkpoint is a dict of tensors and
+plain values, which torch.load reads with weights_only=True:
 
     arch, model_args        create_model(arch, **model_args) rebuilds the model
     state_dict              its weights; with --model-ema also state_dict_ema, their average
@@ -15,6 +17,7 @@ tensors and plain values, which torch.load reads with weights_only=True:
     data_config             how images are prepared: input_size, mean, std, interpolation, crop_pct, crop_mode
     epoch, metric, saver    the epoch just finished, its metric, the best ones of the run
     optimizer, scheduler, amp_scaler, args, version
+    updates, ranks          of a recovery checkpoint: updates done in its epoch, and what differs between processes
 """
 
 import argparse
@@ -25,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -39,9 +42,11 @@ from ditac_timm.training import checkpoint as checkpoints
 from ditac_timm.training import data
 from ditac_timm.training import model as models
 from ditac_timm.training.device import Precision, init_device, resolve_device
-from ditac_timm.training.errors import UsageError, run_script
+from ditac_timm.training.errors import Interrupted, RunError, UsageError, run_script
 from ditac_timm.training.flags import parse_train_flags
-from ditac_timm.training.loop import evaluate_task, mean_lr, share_batch_norm, train_one_epoch
+from ditac_timm.training.interruption import Interruption, ignore_in_workers
+from ditac_timm.training.loop import LossMeter, evaluate_task, mean_lr, share_batch_norm, train_one_epoch
+from ditac_timm.training.randomness import seed_all
 from ditac_timm.training.recipe import (
     best_metric_name,
     create_loss,
@@ -68,23 +73,39 @@ def train(args: argparse.Namespace) -> None:
         args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ""
     models.check_model_name(args.model)
     data.check_data_dir(args)
-    resume_file = checkpoints.find_checkpoint(args.resume, "--resume") if args.resume else None
-    if args.experiment and not resume_file and (_runs(args) / args.experiment / checkpoints.LAST).exists():
+    resume_restarted(args)
+    if args.resume and not os.path.exists(args.resume):
+        raise UsageError(f"--resume {args.resume} does not exist")
+    if args.experiment and not args.resume and (_runs(args) / args.experiment / checkpoints.LAST).exists():
         raise UsageError(f"--experiment {args.experiment} is a run in {_runs(args)}: --resume it, or name another")
     device = init_device(args)
+    interruption = Interruption(args.distributed)
     try:
-        _run(args, flags, resume_file, Precision.from_flags(args, device))
+        with interruption.listening():
+            _run(args, flags, Precision.from_flags(args, device), interruption)
+    except RuntimeError as error:
+        if args.distributed and "Connection closed by peer" in str(error):
+            raise RunError("another process of the run has ended: what it said, or torchrun, tells why") from error
+        raise
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
 
 
-def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | None, precision: Precision) -> None:
-    resumed = checkpoints.read_checkpoint(resume_file, "--resume") if resume_file else {}
+def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, interruption: Interruption) -> None:
+    found = checkpoints.newest_checkpoint(args.resume, "--resume") if args.resume else None
+    resume_file, resumed = found or (None, {})
+    if args.resume:
+        _logger.info(
+            f"Resuming from {resume_file}." if found else f"{args.resume} has no checkpoint yet: starting over."
+        )
     model, rebuild = create_model(args, resumed)
     config = data.resolve_data_config(args, model)
     num_classes = model.num_classes
     train_loader, eval_loader, mixup = data.create_loaders(args, config, precision, num_classes)
+    for loader in (train_loader, eval_loader):
+        if loader is not None:
+            ignore_in_workers(loader)
 
     model = models.place(model, args, precision)
     if resumed:  # only now, because --split-bn adds layers
@@ -94,12 +115,15 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
     loss_scaler = precision.loss_scaler()
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, epochs = create_scheduler(args, optimizer, updates_per_epoch)
-    start_epoch = checkpoints.restore_training_state(resumed, args, optimizer, scheduler, loss_scaler)
+    start_epoch, first_update = checkpoints.restore_training_state(resumed, args, optimizer, scheduler, loss_scaler)
+    past_losses = checkpoints.restore_within_epoch(resumed, task, args)
     if args.start_epoch is not None:
-        start_epoch = args.start_epoch
-    if scheduler is not None and start_epoch > 0:
+        start_epoch, first_update, past_losses = args.start_epoch, 0, None
+    if scheduler is not None and (start_epoch > 0 or first_update > 0):
         scheduler.step(start_epoch)
-        scheduler.step_update(start_epoch * updates_per_epoch)
+        scheduler.step_update(start_epoch * updates_per_epoch + first_update)
+    if args.recovery_interval and data.is_iterable(train_loader):
+        raise UsageError("--recovery-interval: iterable data resumes at the ends of epochs only, leave it out")
 
     folder = run_folder(args, config, resume_file)
     saver = None
@@ -110,16 +134,42 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
             checkpoints.write_atomically(folder / "args.yaml", lambda file: file.write(flags_text.encode()))
             utils.trim_summary(folder / "summary.csv", start_epoch)
         saver = checkpoints.CheckpointSaver(folder, decreasing=metric_decreases(args), max_history=args.checkpoint_hist)
-        if resume_file and resume_file.parent.resolve() == folder.resolve():
+        if resume_file is not None and resume_file.parent.resolve() == folder.resolve():
             saver.restore(resumed)
     constants = {**rebuild, "num_classes": num_classes, "data_config": config, "args": flags, "version": 2}
     _logger.info(f"Training from epoch {start_epoch} up to {epochs}, checkpoints in {folder}.")
 
+    def state() -> dict[str, Any]:
+        return {**constants, **checkpoints.training_state(task, optimizer, scheduler, loss_scaler)}
+
+    def save_within(epoch: int, updates: int, losses: LossMeter) -> None:
+        ranks = checkpoints.state_within_epoch(task, args, losses.state())
+        if saver is not None:
+            saver.save_within({**state(), **ranks}, epoch, updates)
+
+    def leave(epoch: int, updates: int, losses: LossMeter) -> NoReturn:
+        """Save, where the data can go on from here, and end the run."""
+        if not data.is_iterable(train_loader):
+            save_within(epoch, updates, losses)
+        asked = interruption.signal.name if interruption.signal else "a signal to another process"
+        raise Interrupted(f"{asked} after update {updates} of epoch {epoch}: --resume {folder} goes on from there")
+
     results: list[dict[str, Any]] = []
     for epoch in range(start_epoch, epochs):
-        data.set_epoch(train_loader, epoch)
+        data.set_epoch(train_loader, epoch, first_update * args.grad_accum_steps)
+        seed_all(args.seed, args.rank, epoch, device=precision.device)  # for the seeds of the loader's processes
         if mixup_is_on(args) and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             (mixup or train_loader).mixup_enabled = False
+        losses = LossMeter(precision.device, args.distributed)
+        if past_losses is not None:
+            losses.restore(past_losses)
+
+        def after_update(updates: int, losses: LossMeter, epoch: int = epoch) -> None:
+            if interruption.agreed():
+                leave(epoch, updates, losses)
+            if args.recovery_interval and updates % args.recovery_interval == 0 and updates < updates_per_epoch:
+                save_within(epoch, updates, losses)
+
         train_metrics = train_one_epoch(
             task,
             train_loader,
@@ -130,7 +180,11 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
             loss_scaler=loss_scaler,
             scheduler=scheduler,
             mixup=mixup,
+            first_update=first_update,
+            losses=losses,
+            after_update=after_update,
         )
+        first_update, past_losses = 0, None
         share_batch_norm(task, args)
         if (epoch + 1) % args.val_interval and epoch + 1 != epochs:
             if scheduler is not None:
@@ -145,8 +199,7 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
             # The line first: a run that is killed in between resumes before it, and writes it again.
             with checkpoints.reported_write_errors(folder):
                 utils.update_summary(epoch, train_metrics, eval_metrics, folder / "summary.csv", lr=lr)
-            state = checkpoints.training_state(task, optimizer, scheduler, loss_scaler)
-            saver.save({**constants, **state}, epoch, metric)
+            saver.save(state(), epoch, metric)
         validation = {"validation": eval_metrics} if eval_metrics else {}
         results.append({"epoch": epoch, "train": train_metrics, **validation})
 
@@ -225,10 +278,20 @@ def create_task(
     return task
 
 
+def resume_restarted(args: argparse.Namespace) -> None:
+    """Where torchrun has restarted the run (--max-restarts), go on from what it had written."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return
+    if not args.experiment:
+        raise UsageError("a restarted run can only go on in a folder that has a name: give --experiment")
+    if (_runs(args) / args.experiment / "args.yaml").is_file():
+        args.resume = str(_runs(args) / args.experiment)
+
+
 def run_folder(args: argparse.Namespace, config: dict[str, Any], resume_file: Path | None) -> Path:
     """Where a run is written: --experiment in --output; a resumed run's own folder if neither is given."""
-    if resume_file is not None and not args.experiment:
-        return resume_file.parent
+    if args.resume and not args.experiment:
+        return Path(args.resume) if resume_file is None else resume_file.parent
     name = args.experiment or "-".join(
         (f"{datetime.now():%Y%m%d-%H%M%S}", safe_model_name(args.model), str(config["input_size"][-1]))
     )

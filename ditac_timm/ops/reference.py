@@ -289,8 +289,8 @@ def _chunks(
     step = 131072 * torch.get_num_threads() if like.device.type == "cpu" else max(size, 1)
     length = min(size, step)
     line = torch.empty(length, dtype=_complex(dtype), device=like.device)
-    buffers = torch.empty(length, dtype=dtype, device=like.device), torch.empty_like(line, dtype=torch.int32), line
-    buffers += torch.view_as_real(line).unbind(1)
+    position, row = torch.empty(length, dtype=dtype, device=like.device), torch.empty_like(line, dtype=torch.int32)
+    buffers: tuple[Tensor, ...] = (position, row, line, *torch.view_as_real(line).unbind(1))
     for begin in range(0, size, step):
         if size - begin < length:
             buffers = tuple(buffer[: size - begin] for buffer in buffers)

@@ -6,19 +6,22 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from timm.models import clean_state_dict, parse_model_name
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
-from timm.utils import NativeScaler
+from timm.utils import NativeScaler, unwrap_model
 from torch import nn
 
 from ditac_timm.training.errors import RunError, UsageError
@@ -30,6 +33,56 @@ LAST, BEST = "last.pth.tar", "model_best.pth.tar"
 
 # What is read of a checkpoint, each where it is there.
 _KINDS = {"state_dict": dict, "state_dict_ema": dict, "model_args": dict, "data_config": dict, "arch": str}
+
+
+def newest_checkpoint(path: str, flag: str) -> tuple[Path, dict[str, Any]] | None:
+    """Find and read what a run resumes from: the file given, or a folder's newest whole checkpoint.
+
+    Returns:
+        The file and what `read_checkpoint` makes of it; None for the folder of a run that has written none yet.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        file = find_checkpoint(path, flag)
+        return file, read_checkpoint(file, flag)
+    recoveries = sorted(_recoveries(folder), reverse=True)
+    best = sorted(((_epoch_of(file), file) for file in folder.glob("checkpoint-*.pth.tar")), reverse=True)
+    last = _read_if_whole(folder / LAST, flag)
+    done = -1 if last is None else last.get("epoch", -1)
+    for epoch, _, file in recoveries:
+        if epoch > done and (found := _read_if_whole(file, flag)):
+            return file, found
+    if last is not None:
+        return folder / LAST, last
+    for file in (*(file for _, file in best), folder / BEST):
+        if found := _read_if_whole(file, flag):
+            return file, found
+    if not any(folder.glob("*.pth.tar")):
+        if (folder / "args.yaml").is_file():
+            return None
+        raise UsageError(f"{flag} {path}: the folder holds no {LAST}, and is not a run's")
+    raise UsageError(f"{flag} {path}: none of the folder's checkpoints is whole")
+
+
+def _read_if_whole(file: Path, flag: str) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return read_checkpoint(file, flag)
+    except UsageError as error:
+        _logger.warning(f"{error}: looking for one before it.")
+        return None
+
+
+def _recoveries(folder: Path) -> list[tuple[int, int, Path]]:
+    """Epoch, updates and file of each checkpoint within an epoch."""
+    names = ((re.fullmatch(r"recovery-(\d+)-(\d+)\.pth\.tar", file.name), file) for file in folder.iterdir())
+    return [(int(name[1]), int(name[2]), file) for name, file in names if name]
+
+
+def _epoch_of(file: Path) -> int:
+    number = file.name.removeprefix("checkpoint-").removesuffix(".pth.tar")
+    return int(number) if number.isdecimal() else -1
 
 
 def find_checkpoint(path: str, flag: str) -> Path:
@@ -55,6 +108,7 @@ def read_checkpoint(file: Path, flag: str) -> dict[str, Any]:
         if file.suffix == ".safetensors":
             checkpoint: Any = load_file(file)
         else:
+            _check_sums(file)
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's script saves its flags as one
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -80,6 +134,14 @@ def read_checkpoint(file: Path, flag: str) -> dict[str, Any]:
         if key in checkpoint:
             checkpoint[key] = clean_state_dict(checkpoint[key])
     return checkpoint
+
+
+def _check_sums(file: Path) -> None:
+    """Raise if a part of the file is not what was written: torch's reader does not look at its checksums."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} is damaged")
 
 
 def check_same_model(checkpoint: dict[str, Any], flag: str, name: str, arguments: dict[str, Any]) -> None:
@@ -159,14 +221,14 @@ class CheckpointSaver:
         Raises:
             RunError: If the folder cannot be written. The checkpoints written before are whole.
         """
+        done = [file for of, _, file in _recoveries(self.folder) if of <= epoch]
         is_best = math.isfinite(metric) and (self.best_metric is None or self._better(metric, self.best_metric))
         if is_best:
             self.best_metric, self.best_epoch = metric, epoch
         ranked = sorted([*self.history, (epoch, metric)], key=lambda entry: entry[1], reverse=not self.decreasing)
         self.history, dropped = ranked[: self.max_history], ranked[self.max_history :]
-        bookkeeping = {"best_metric": self.best_metric, "best_epoch": self.best_epoch, "history": self.history}
-        state = {**state, "epoch": epoch, "metric": metric, "saver": bookkeeping}
-        new = self.folder / "new.pth.tar"
+        state = {**state, "epoch": epoch, "metric": metric, "saver": self._bookkeeping()}
+        new = self.folder / ".new.pth.tar"  # hidden from whoever looks for checkpoints
         with reported_write_errors(self.folder):
             write_atomically(new, lambda file: torch.save(state, file))
             if (epoch, metric) in self.history:
@@ -175,8 +237,25 @@ class CheckpointSaver:
                 _link_atomically(new, self.folder / BEST)
             os.replace(new, self.folder / LAST)
             _sync_folder(self.folder)
-            for old, _ in dropped:
-                self._file(old).unlink(missing_ok=True)
+            for file in (*(self._file(old) for old, _ in dropped), *done):
+                file.unlink(missing_ok=True)
+
+    def save_within(self, state: dict[str, Any], epoch: int, updates: int) -> Path:
+        """Write the state of a run within an epoch, after a number of its updates; the one before is kept, too.
+
+        Raises:
+            RunError: As for `save`.
+        """
+        file = self.folder / f"recovery-{epoch}-{updates}.pth.tar"
+        state = {**state, "epoch": epoch, "updates": updates, "saver": self._bookkeeping()}
+        with reported_write_errors(self.folder):
+            write_atomically(file, lambda stream: torch.save(state, stream))
+            for _, _, old in sorted(_recoveries(self.folder))[:-2]:
+                old.unlink(missing_ok=True)
+        return file
+
+    def _bookkeeping(self) -> dict[str, Any]:
+        return {"best_metric": self.best_metric, "best_epoch": self.best_epoch, "history": self.history}
 
     def _better(self, metric: float, other: float) -> bool:
         return metric < other if self.decreasing else metric > other
@@ -209,16 +288,69 @@ def training_state(
     return state
 
 
+def state_within_epoch(task: ClassificationTask, args: argparse.Namespace, losses: torch.Tensor) -> dict[str, Any]:
+    """What a checkpoint within an epoch holds besides: what differs between processes until the epoch's end.
+
+    All processes must call this together.
+
+    Returns:
+        `losses` and `buffers` (batch norm's statistics), of each rank, and `images_per_update`.
+    """
+    buffers = [{name: value.cpu() for name, value in _buffers(task, ema).items()} for ema in (False, True)]
+    own = {"losses": losses.cpu(), "buffers": buffers}
+    ranks = [own]
+    if args.distributed:
+        ranks = [{} for _ in range(args.world_size)]
+        dist.all_gather_object(ranks, own)
+    return {"ranks": ranks, "images_per_update": images_per_update(args)}
+
+
+def restore_within_epoch(
+    checkpoint: dict[str, Any], task: ClassificationTask, args: argparse.Namespace
+) -> torch.Tensor | None:
+    """Restore what `state_within_epoch` saved and return this rank's losses; None where an epoch was at its end."""
+    if not checkpoint.get("updates"):
+        return None
+    images, ranks = checkpoint["images_per_update"], checkpoint["ranks"]
+    if images != images_per_update(args) or len(ranks) != args.world_size:
+        raise UsageError(
+            f"--resume {args.resume} is within an epoch of a run of {len(ranks)} processes and {images} images an "
+            "update: give the same number of processes, --batch-size and --grad-accum-steps, or resume from an "
+            f"epoch's end, {LAST}"
+        )
+    own = ranks[args.rank]
+    for ema, saved in zip((False, True), own["buffers"], strict=True):
+        for name, value in _buffers(task, ema).items():
+            value.copy_(saved[name])
+    return own["losses"]
+
+
+def images_per_update(args: argparse.Namespace) -> int:
+    """Over all processes."""
+    return args.batch_size * args.grad_accum_steps * args.world_size
+
+
+def _buffers(task: ClassificationTask, ema: bool) -> dict[str, torch.Tensor]:
+    if ema and not task.has_ema():
+        return {}
+    model: Any = unwrap_model(task.get_trainable_module(ema=ema))
+    saved = model.state_dict()
+    return {name: value for name, value in model.named_buffers() if name in saved}
+
+
 def restore_training_state(
     checkpoint: dict[str, Any],
     args: argparse.Namespace,
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None,
     loss_scaler: NativeScaler | None,
-) -> int:
-    """Restore what `training_state` saved, the weights aside, and return the epoch to go on with.
+) -> tuple[int, int]:
+    """Restore what `training_state` saved, the weights aside.
 
     Comes after the schedule's creation, which resets learning rates.
+
+    Returns:
+        The epoch to go on with, and how many of its updates are done.
     """
     if not args.no_resume_opt and "optimizer" in checkpoint:
         saved = checkpoint.get("args") or {}
@@ -236,8 +368,10 @@ def restore_training_state(
             scheduler.lr_scheduler.load_state_dict(checkpoint["scheduler"])
         if loss_scaler is not None and loss_scaler.state_dict_key in checkpoint:
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
-    epoch = checkpoint.get("epoch")
-    return 0 if epoch is None else epoch + 1
+    epoch, updates = checkpoint.get("epoch"), checkpoint.get("updates", 0)
+    if epoch is None:
+        return 0, 0
+    return (epoch, updates) if updates else (epoch + 1, 0)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, resolve_input_data_config
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset
 
 from ditac_timm.training.device import Precision
 from ditac_timm.training.errors import UsageError, first_line
+from ditac_timm.training.randomness import EpochSampler, SeededDataset, SeededErasing
 from ditac_timm.training.refusals import mixup_is_on
 
 _logger = logging.getLogger(__name__)
@@ -162,11 +164,21 @@ def create_eval_loader(
     )
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell whatever shuffles, or draws by epoch, which epoch comes next."""
-    for part in (loader.dataset, loader.batch_sampler, loader.sampler):
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
+def set_epoch(loader: Any, epoch: int, first_batch: int = 0) -> None:
+    """Tell whatever shuffles, or draws by epoch, which epoch comes next, and from which batch on.
+
+    Only map-style data can begin within an epoch.
+    """
+    if hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(epoch)
+    for part in (getattr(loader.batch_sampler, "sampler", None), getattr(loader, "random_erasing", None)):
+        if isinstance(part, EpochSampler | SeededErasing):
+            part.set_epoch(epoch, first_batch)
+
+
+def is_iterable(loader: Any) -> bool:
+    """Whether a loader's data can only be read from an epoch's beginning."""
+    return isinstance(loader.dataset, IterableDataset)
 
 
 def _create_train_loader(
@@ -196,6 +208,8 @@ def _create_train_loader(
             collate = FastCollateMixup(**mixup_args)
     if args.aug_splits:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    if not isinstance(dataset, IterableDataset):
+        dataset = SeededDataset(dataset, args.seed)
     interpolation = config["interpolation"] if args.no_aug else args.train_interpolation or config["interpolation"]
     loader = create_loader(
         dataset,
@@ -223,13 +237,27 @@ def _create_train_loader(
         num_aug_repeats=args.aug_repeats,
         num_aug_splits=args.aug_splits,
         collate_fn=collate,
-        use_multi_epochs_loader=args.use_multi_epochs_loader,
         worker_seeding=args.worker_seeding,
         # Workers hold a copy of the mixup: turning it off reaches only workers started afterwards.
         persistent_workers=not (collate and args.mixup_off_epoch),
         **_shared_loader_args(args, precision),
     )
+    _seed_loader(loader, args)
     return loader, mixup
+
+
+def _seed_loader(loader: Any, args: argparse.Namespace) -> None:
+    """Make order and augmentation functions of the epoch, which timm's loader leaves to global random states."""
+    if getattr(loader, "random_erasing", None) is not None:
+        loader.random_erasing = SeededErasing(loader.random_erasing, args.seed, args.rank)
+    if is_iterable(loader):
+        return
+    sampler = loader.batch_sampler.sampler
+    if not isinstance(sampler, RepeatAugSampler):
+        sampler = DistributedSampler(
+            loader.dataset, num_replicas=args.world_size, rank=args.rank, shuffle=True, seed=args.seed
+        )
+    loader.batch_sampler.sampler = EpochSampler(sampler, args.batch_size)
 
 
 def _shared_loader_args(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:

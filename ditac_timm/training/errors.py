@@ -25,6 +25,12 @@ class UsageError(RunError):
     exit_code = 2
 
 
+class Interrupted(RunError):
+    """The run was asked to stop, and can go on from where it saved."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, which schedulers take for: try again
+
+
 def run_script(name: str, script: Callable[[Any], None], args: Callable[[], Any]) -> int:
     """Parse, run and return the exit code of a script.
 

@@ -180,7 +180,7 @@ def _add_train_data_flags(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch-size", type=int, default=128, metavar="N", help="images a batch and process")
     add("-vb", "--validation-batch-size", type=int, metavar="N", help="images a validation batch; --batch-size if not")
     add("--epoch-repeats", type=float, default=0.0, metavar="N", help="passes over an iterable dataset an epoch")
-    add("--use-multi-epochs-loader", action="store_true", help="one iterator for all epochs")
+    add("--use-multi-epochs-loader", action="store_true", help="workers live on between epochs, as always here")
     add("--worker-seeding", default="all", metavar="MODE", help="all or part")
 
 
@@ -340,5 +340,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--experiment", default="", metavar="NAME", help="the run's folder in it; time, model and size if empty")
     add("--log-interval", type=int, default=50, metavar="N", help="updates between log lines")
     add("--val-interval", type=int, default=1, metavar="N", help="epochs between validations and checkpoints")
+    add(
+        "--recovery-interval", type=int, default=0, metavar="N", help="updates between checkpoints in an epoch, 0: none"
+    )
+    add("--nan-patience", type=int, default=0, metavar="N", help="losses in a row that may be not finite")
     add("--checkpoint-hist", type=int, default=10, metavar="N", help="best checkpoints to keep")
     add("--eval-metric", default="top1", metavar="NAME", help="what makes a checkpoint the best: top1, top5 or loss")

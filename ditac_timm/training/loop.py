@@ -5,8 +5,9 @@ import logging
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ from torch import nn
 
 from ditac_timm import DiTAC
 from ditac_timm.training.device import Precision
+from ditac_timm.training.diagnosis import not_finite
 from ditac_timm.training.errors import RunError
+from ditac_timm.training.randomness import seed_step
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +43,10 @@ class LossMeter:
             distributed: Whether to sum over processes when read; then all must read together.
         """
         dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-        self._sums = torch.zeros(4, dtype=dtype, device=device)  # latest loss, sum, samples, not finite since read
+        # Sum, samples, latest loss; of the losses that are not finite: how many since the last read, how many in a row
+        # now, and the most in a row since the last read.
+        self._sums = torch.zeros(3, dtype=dtype, device=device)
+        self._not_finite = torch.zeros(3, dtype=torch.int64, device=device)
         self._distributed = distributed
         self._since_read = 0
 
@@ -48,22 +54,46 @@ class LossMeter:
         """Add the mean loss of a number of samples."""
         loss = loss.detach().to(self._sums.dtype)
         finite = loss.isfinite()
-        self._sums[0] = loss
-        self._sums[1] += torch.where(finite, loss * samples, 0.0)
-        self._sums[2] += finite * samples
-        self._sums[3] += ~finite
+        self._sums[:2] += torch.stack((torch.where(finite, loss * samples, 0.0), finite * samples))
+        self._sums[2] = loss
+        count, row, longest = self._not_finite
+        row = torch.where(finite, 0, row + 1)
+        self._not_finite = torch.stack((count + ~finite, row, torch.maximum(row, longest)))
         self._since_read += 1
 
-    def read(self) -> tuple[float, float, int, int]:
-        """Return the latest loss, the mean, and of the losses since the last read how many were not finite, and all."""
-        sums, processes = self._sums, 1
+    def read(self) -> "Losses":
+        """Return what was counted."""
+        sums, not_finite, processes = self._sums.clone(), self._not_finite.clone(), 1
         if self._distributed:
-            sums, processes = self._sums.clone(), dist.get_world_size()
+            processes = dist.get_world_size()
             dist.all_reduce(sums)
-        latest, total, samples, not_finite = sums.tolist()
+            dist.all_reduce(not_finite[:1])
+            dist.all_reduce(not_finite[1:], dist.ReduceOp.MAX)
+        total, samples, latest = sums.tolist()
+        count, _, longest = not_finite.tolist()
         since_read, self._since_read = self._since_read * processes, 0
-        self._sums[3] = 0
-        return latest / processes, total / samples if samples else math.nan, int(not_finite), since_read
+        self._not_finite[0] = 0
+        self._not_finite[2] = self._not_finite[1]
+        return Losses(latest / processes, total / samples if samples else math.nan, count, longest, since_read)
+
+    def state(self) -> torch.Tensor:
+        """This process' sums, for a run that goes on from here."""
+        return torch.cat((self._sums, self._not_finite.to(self._sums.dtype)))
+
+    def restore(self, state: torch.Tensor) -> None:
+        """Go on from another meter's `state`."""
+        self._sums = state[:3].to(self._sums)
+        self._not_finite = state[3:].to(self._not_finite)
+
+
+class Losses(NamedTuple):
+    """What a `LossMeter` counted: the mean is an epoch's, the rest is since the last read, `longest` in a row."""
+
+    latest: float
+    mean: float
+    not_finite: int
+    longest: int
+    read: int
 
 
 def train_one_epoch(
@@ -77,12 +107,20 @@ def train_one_epoch(
     loss_scaler: NativeScaler | None = None,
     scheduler: Scheduler | None = None,
     mixup: Mixup | None = None,
+    first_update: int = 0,
+    losses: LossMeter | None = None,
+    after_update: Callable[[int, LossMeter], None] = lambda update, losses: None,
 ) -> OrderedDict[str, float]:
-    """Train for one epoch and return its mean loss.
+    """Train for one epoch, or what is left of it, and return its mean loss.
+
+    Args:
+        first_update: Updates of the epoch done before; the loader begins with the batches of the next.
+        losses: Their losses.
+        after_update: Called with the number of updates done in the epoch, and their losses.
 
     Raises:
-        RunError: At a log interval, if losses are not finite. With loss scaling, which skips a step whose gradients
-            overflow, only if all of the interval's are.
+        RunError: At a log interval, if more than --nan-patience losses in a row were not finite. With loss scaling,
+            which skips a step whose gradients overflow, only if all of the interval's are.
     """
     model: Any = task.get_trainable_module()
     model.train()
@@ -90,14 +128,16 @@ def train_one_epoch(
     second_order = getattr(optimizer, "is_second_order", False)
     batches, accumulate = len(loader), args.grad_accum_steps
     updates = math.ceil(batches / accumulate)
-    update = epoch * updates
+    update = epoch * updates + first_update
     in_last_update = batches - (batches - 1) // accumulate * accumulate  # batches; fewer where they do not divide
-    losses = LossMeter(precision.device, args.distributed)
+    losses = LossMeter(precision.device, args.distributed) if losses is None else losses
     update_time, data_time = AverageMeter(), AverageMeter()
-    mean, logged_updates, waited, samples = math.nan, 0, 0.0, 0
+    logged_updates, waited, samples = first_update, 0.0, 0
     interval_start = data_start = time.perf_counter()
     optimizer.zero_grad()
-    for index, (images, target) in enumerate(loader):
+    left = enumerate(loader, first_update * accumulate) if first_update < updates else ()
+    for index, (images, target) in left:
+        seed_step(args.seed, args.rank, epoch, index, precision.device)
         last = index == batches - 1
         need_update = last or (index + 1) % accumulate == 0
         divisor = in_last_update if index >= batches - in_last_update else accumulate
@@ -124,11 +164,13 @@ def train_one_epoch(
         optimizer.zero_grad()
         task.update_ema(step=update)
         if (in_epoch - 1) % args.log_interval == 0 or last:
-            latest, mean, not_finite, read = losses.read()
-            if not_finite and (loss_scaler is None or not_finite == read):
+            counted = losses.read()
+            if counted.not_finite and (
+                counted.not_finite == counted.read if loss_scaler else counted.longest > args.nan_patience
+            ):
                 raise RunError(
-                    f"the loss is not finite in {not_finite} of the last {read} batches up to update {in_epoch} of "
-                    f"epoch {epoch}: {_REMEDY}"
+                    f"the loss is not finite in {counted.not_finite} of the last {counted.read} batches up to update "
+                    f"{in_epoch} of epoch {epoch}, {not_finite(model, images, precision.autocast())}: {_REMEDY}"
                 )
             done = in_epoch - logged_updates
             interval = time.perf_counter() - interval_start
@@ -137,7 +179,7 @@ def train_one_epoch(
             per_update = samples / done
             _logger.info(
                 f"Train: {epoch} [{in_epoch - 1:>4d}/{updates} ({100 * in_epoch / updates:>3.0f}%)]  "
-                f"Loss: {latest:#.3g} ({mean:#.3g})  "
+                f"Loss: {counted.latest:#.3g} ({counted.mean:#.3g})  "
                 f"Time: {update_time.val:.3f}s, {per_update / update_time.val:>7.2f}/s  "
                 f"({update_time.avg:.3f}s, {per_update / update_time.avg:>7.2f}/s)  "
                 f"LR: {mean_lr(optimizer):.3e}  "
@@ -147,10 +189,11 @@ def train_one_epoch(
             interval_start = time.perf_counter()
         if scheduler is not None:
             scheduler.step_update(num_updates=update)
+        after_update(in_epoch, losses)
         data_start = time.perf_counter()
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
-    return OrderedDict(loss=mean)
+    return OrderedDict(loss=losses.read().mean)
 
 
 @torch.inference_mode()

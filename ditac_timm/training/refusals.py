@@ -40,7 +40,6 @@ UNSUPPORTED_IN_TRAIN = (
     Unsupported("--synchronize-step", False, "losses are read at log intervals, and no step waits for the device"),
     Unsupported("--save-images", False, "only checkpoints and the summary are written"),
     Unsupported("--tta", 0, "the loaders make no oversampled views to average"),
-    Unsupported("--recovery-interval", 0, "there are no checkpoints within an epoch yet"),
     Unsupported("--log-wandb", False, _WANDB),
     Unsupported("--wandb-project", None, _WANDB),
     Unsupported("--wandb-tags", [], _WANDB),
@@ -130,6 +129,8 @@ _RULES: dict[str, _Rule] = {
     "log_freq": _COUNT,
     "val_interval": _COUNT,
     "checkpoint_hist": _COUNT,
+    "recovery_interval": _NOT_NEGATIVE,
+    "nan_patience": _NOT_NEGATIVE,
     "num_classes": _COUNT,
     "img_size": _COUNT,
     "in_chans": _COUNT,
@@ -224,8 +225,6 @@ def _check_augmentation(args: argparse.Namespace) -> None:
     mixup = mixup_is_on(args)
     if mixup and args.batch_size % 2:
         raise UsageError(f"--mixup and --cutmix pair images: --batch-size must be even, not {args.batch_size}")
-    if mixup and args.mixup_off_epoch and args.use_multi_epochs_loader:
-        raise UsageError("--mixup-off-epoch cannot reach the workers of --use-multi-epochs-loader: give one")
     if args.aug_splits == 1:
         raise UsageError("--aug-splits must be 0, or 2 and more, not 1")
     if args.aug_splits and mixup:
