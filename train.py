@@ -24,6 +24,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -84,7 +85,7 @@ def train(args: argparse.Namespace) -> None:
         with interruption.listening():
             _run(args, flags, Precision.from_flags(args, device), interruption)
     except RuntimeError as error:
-        if args.distributed and "Connection closed by peer" in str(error):
+        if args.distributed and re.search("Connection (closed|reset) by peer", str(error)):
             raise RunError("another process of the run has ended: what it said, or torchrun, tells why") from error
         raise
     finally:

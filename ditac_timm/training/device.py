@@ -2,11 +2,18 @@
 
 import argparse
 import logging
+import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm import utils
+from torch.distributed import Store
+from torch.distributed.constants import default_pg_timeout
 
 from ditac_timm.training.errors import UsageError
 
@@ -31,6 +38,23 @@ def resolve_device(name: str | None) -> str:
     return name
 
 
+_RESTARTED = "restarted://"
+
+
+def _meet_again(_: str, timeout: timedelta = default_pg_timeout, **keywords: Any) -> Iterator[tuple[Store, int, int]]:
+    """Meet as env:// says, in a part of the store of this attempt's own.
+
+    torchrun's agents keep their store over a restart, and in it the addresses of the processes that have died.
+    """
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for store, rank, size in dist.rendezvous("env://", timeout=timeout):
+        yield dist.PrefixStore(f"attempt {attempt}", store), rank, size
+
+
+if dist.is_available():
+    dist.register_rendezvous_handler(_RESTARTED.removesuffix("://"), _meet_again)
+
+
 def init_device(args: argparse.Namespace) -> torch.device:
     """Join the other processes where torchrun started several; seed; set what holds for the whole process.
 
@@ -40,6 +64,8 @@ def init_device(args: argparse.Namespace) -> torch.device:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        args.dist_url = _RESTARTED
     device = utils.init_distributed_device(args)
     if not utils.is_primary(args):
         logging.root.setLevel(logging.WARNING)

@@ -17,7 +17,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # 120 images and no batch norm: 10 updates an epoch in each of the layouts.
 SMALL = (
     "-j 0 --img-size 32 --num-classes 10 --warmup-epochs 0 --lr 0.01 --log-interval 1 --epochs 2 --model test_vit "
-    "--recovery-interval 3 --aa rand-m9-mstd0.5-inc1 --reprob 0.3 --no-prefetcher --opt adamw --experiment run --device cpu"
+    "--recovery-interval 3 --aa rand-m9-mstd0.5-inc1 --reprob 0.3 --no-prefetcher --opt sgd --experiment run "
+    "--device cpu"
 )
 
 
@@ -26,7 +27,7 @@ def start(launcher: list[str], digits: Path, output: Path, act: str, *flags: str
     data = ["--data-dir", str(digits), "--output", str(output)]
     return subprocess.Popen(
         [*launcher, str(SCRIPT), *act.split(), str(output / "losses.json"), *data, *shlex.split(SMALL), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
