@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -77,8 +78,9 @@ def train_one_epoch(
     loss_scaler: NativeScaler | None = None,
     scheduler: Scheduler | None = None,
     mixup: Mixup | None = None,
+    regulariser: Callable[[], torch.Tensor] | None = None,
 ) -> OrderedDict[str, float]:
-    """Train for one epoch and return its mean loss.
+    """Train for one epoch and return its mean loss, to which a regulariser's term is not counted.
 
     Raises:
         RunError: At a log interval, if losses are not finite. With loss scaling, which skips a step whose gradients
@@ -112,7 +114,10 @@ def train_one_epoch(
         with nullcontext() if need_update else task.no_sync():
             with precision.autocast():
                 loss = task(images, target)["loss"]
-            _backward_and_step(loss / divisor, clipped, optimizer, args, loss_scaler, second_order, need_update)
+            share = loss / divisor
+            if regulariser is not None and need_update:  # once an update; alike in all processes, whose mean counts
+                share = share + regulariser()
+            _backward_and_step(share, clipped, optimizer, args, loss_scaler, second_order, need_update)
         losses.update(loss, len(images))
         samples += len(images) * args.world_size
         if not need_update:
