@@ -119,6 +119,9 @@ def build_model(name: str, arguments: dict[str, Any], *, pretrained_path: Path |
     except (OSError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError) as error:
         if "unexpected keyword argument" in str(error):
             refused = str(error).rpartition("argument ")[2]
+            if refused == "'ditac'":
+                option = next(iter(as_options({"ditac": arguments["ditac"]})), "--model-kwargs ditac")
+                raise UsageError(f"{option} is about DiTAC, and --model {name} has none: leave it out") from error
             raise UsageError(f"--model {name} takes no {refused}: see --model-kwargs and --drop-*") from error
         source = f"--pretrained-path {pretrained_path}" if pretrained_path else "--pretrained"
         if "loading state_dict" in str(error):

@@ -165,7 +165,10 @@ _RULES: dict[str, _Rule] = {
     "smoothing": _BELOW_ONE,
     "ditac_cells": ("a whole number of at least 2", lambda value: isinstance(value, int) and value >= 2),
     "ditac_domain": _DOMAIN,
-    "ditac_roles": (f"among {', '.join(ROLES)}", lambda roles: bool(roles) and set(roles) <= set(ROLES)),
+    "ditac_roles": (
+        f"among {', '.join(ROLES)}",
+        lambda roles: bool(roles) and all(role in list(ROLES) for role in roles),
+    ),
     "ditac_lr_scale": _FACTOR,
     "ditac_reg": _FACTOR,
 }

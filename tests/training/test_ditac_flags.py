@@ -99,14 +99,16 @@ def test_settings_that_are_no_mapping() -> None:
         model_arguments(parse_train_flags(["--model-kwargs", "ditac=5", "--ditac-cells", "4"]))
 
 
-@pytest.mark.parametrize("flag", ["--ditac-lr-scale", "--ditac-reg"])
+@pytest.mark.parametrize("flag", ["--ditac-lr-scale 0.1", "--ditac-reg 0.1", "--ditac-cells 4"])
 def test_models_from_folders_without_ditac_are_refused(
     train: ModuleType, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=10), tmp_path / "model")
-    argv = f"--data-dir {digits} --output {tmp_path} --model local-dir:{tmp_path}/model {SMALL} {flag} 0.1"
+    argv = f"--data-dir {digits} --output {tmp_path} --model local-dir:{tmp_path}/model {SMALL} {flag}"
     assert train.main(argv.split()) == 2
-    assert f"{flag} is about DiTAC, and --model has none" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{flag.split()[0]} is about DiTAC, and --model" in said
+    assert "has none: leave it out" in said
 
 
 @pytest.fixture(scope="module")
