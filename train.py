@@ -56,6 +56,7 @@ from ditac_timm.training.recipe import (
     metric_decreases,
 )
 from ditac_timm.training.refusals import check_train_flags, mixup_is_on
+from ditac_timm.training.regularisation import smoothness_term
 
 _logger = logging.getLogger("train")
 
@@ -112,6 +113,7 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
     if resumed:  # only now, because --split-bn adds layers
         checkpoints.load_weights(model, resumed["state_dict"], f"--resume {args.resume}")
     optimizer = create_optimizer(args, model)
+    regulariser = smoothness_term(model, args.ditac_reg)
     task = create_task(args, model, precision, resumed)
     loss_scaler = precision.loss_scaler()
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
@@ -181,6 +183,7 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
             loss_scaler=loss_scaler,
             scheduler=scheduler,
             mixup=mixup,
+            regulariser=regulariser,
             first_update=first_update,
             losses=losses,
             after_update=after_update,

@@ -361,9 +361,24 @@ def smoothness_penalty(
     _check_positive(length_scale=length_scale, variance=variance)
     if theta.ndim == 0 or theta.shape[-1] != tessellation.dim:
         raise ValueError(f"theta must have the shape (..., {tessellation.dim}), but has {tuple(theta.shape)}.")
-    rows = _precision(tessellation.cells, length_scale, variance)
-    precision = torch.tensor(rows, dtype=theta.dtype, device=theta.device).reshape(tessellation.dim, tessellation.dim)
+    make = _new_precision if torch.compiler.is_compiling() or not plain_eager() else _kept_precision
+    precision = make(tessellation.cells, length_scale, variance, theta.dtype, theta.device)
     return (theta.unsqueeze(-1) * theta.unsqueeze(-2) * precision).sum((-2, -1))
+
+
+def _new_precision(
+    cells: int, length_scale: float, variance: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    rows = _precision(cells, length_scale, variance)
+    return torch.tensor(rows, dtype=dtype, device=device).reshape(cells - 1, cells - 1)
+
+
+@cache
+def _kept_precision(
+    cells: int, length_scale: float, variance: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):  # as for `_kept_velocity_basis`
+        return _new_precision(cells, length_scale, variance, dtype, device)
 
 
 @cache

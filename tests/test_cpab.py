@@ -534,6 +534,18 @@ def test_penalty_and_its_gradient(cells, arguments):
     torch.testing.assert_close(torch.autograd.grad(penalty, theta)[0], 2 * precision @ theta, rtol=1e-9, atol=1e-12)
 
 
+def test_penalty_is_usable_whatever_mode_it_was_first_called_in():
+    tessellation = Tessellation(17)
+    with torch.inference_mode():
+        smoothness_penalty(torch.ones(16), tessellation)
+    assert smoothness_penalty(torch.ones(16, device="meta"), tessellation).is_meta
+    theta = torch.ones(16, requires_grad=True)
+    smoothness_penalty(theta, tessellation).backward()
+    rows = torch.func.vmap(lambda row: smoothness_penalty(row, tessellation))(torch.ones(3, 16))
+    assert theta.grad.isfinite().all()
+    torch.testing.assert_close(rows, smoothness_penalty(theta.detach(), tessellation).expand(3))
+
+
 def test_penalty_in_float32():
     tessellation = Tessellation()
     theta = theta_of(tessellation, dtype=torch.float32)

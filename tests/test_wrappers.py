@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ditac_timm import DiTAC
+from ditac_timm.training.regularisation import smoothness_term
 
 
 def network():
@@ -67,6 +68,14 @@ def _train_under_ddp(rank, processes):
             else:
                 (loss(model, part) / len(parts)).backward()
         assert_expected(gradients(model.module))
+    # The smoothness prior, which every process adds to its own loss, counts once.
+    term = smoothness_term(model.module, 0.5)
+    model.zero_grad()
+    (loss(model, batch().chunk(processes)[rank]) + term()).backward()
+    bare = network()
+    (loss(bare, batch()) + smoothness_term(bare, 0.5)()).backward()
+    for ours, reference in zip(model.module.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-5, atol=1e-6)
 
 
 def _train_under_fsdp2(rank, processes):

@@ -24,8 +24,8 @@ from timm.task import ClassificationTask
 from timm.utils import NativeScaler, unwrap_model
 from torch import nn
 
-from ditac_timm.training.errors import RunError, UsageError
-from ditac_timm.training.model import FLAGS
+from ditac_timm.training.errors import RunError, UsageError, as_typed
+from ditac_timm.training.model import as_options
 
 _logger = logging.getLogger(__name__)
 
@@ -152,15 +152,15 @@ def check_same_model(checkpoint: dict[str, Any], flag: str, name: str, arguments
     saved_arguments = checkpoint.get("model_args")
     if saved_arguments is None:  # not ours: the weights themselves are compared when they are loaded
         return
-    for key in sorted(saved_arguments.keys() | arguments.keys()):
-        was, asked = saved_arguments.get(key), arguments.get(key)
+    saved_options, options = as_options(saved_arguments), as_options(arguments)
+    for option in sorted(saved_options.keys() | options.keys()):
+        was, asked = saved_options.get(option), options.get(option)
         # As JSON, because a list and a tuple of the same numbers build the same model.
         if json.dumps(was, default=str) != json.dumps(asked, default=str):
-            option = FLAGS.get(key, key)
             if was is None:  # the architecture's own
-                raise UsageError(f"{flag} is a checkpoint without {option}: leave {option} {asked} out")
-            remedy = f"give {option} {was}" if asked is None else f"not {asked}"
-            raise UsageError(f"{flag} is a checkpoint with {option} {was}, {remedy}")
+                raise UsageError(f"{flag} is a checkpoint without {option}: leave {option} {as_typed(asked)} out")
+            remedy = f"give {option} {as_typed(was)}" if asked is None else f"not {as_typed(asked)}"
+            raise UsageError(f"{flag} is a checkpoint with {option} {as_typed(was)}, {remedy}")
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], flag: str) -> None:
@@ -358,7 +358,10 @@ def restore_training_state(
         try:
             if saved_opt != args.opt:
                 raise ValueError(f"it is of {saved_opt}")
+            scales = _lr_scales(optimizer)
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if _lr_scales(optimizer) != scales:  # which it has taken from the checkpoint
+                raise ValueError("it is of another --ditac-lr-scale or --layer-decay")
         except ValueError as error:
             raise UsageError(
                 f"--resume: the optimizer's state does not fit --opt {args.opt} ({error}): give the run's "
@@ -372,6 +375,10 @@ def restore_training_state(
     if epoch is None:
         return 0, 0
     return (epoch, updates) if updates else (epoch + 1, 0)
+
+
+def _lr_scales(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -58,6 +58,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
+def as_typed(value: Any) -> str:
+    """Return a value as a command line spells it: the items of a list side by side."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -34,6 +34,7 @@ def train_parser() -> argparse.ArgumentParser:
     _add_train_data_flags(parser)
     _add_model_flags(parser, default="resnet50")
     _add_train_model_flags(parser)
+    _add_ditac_flags(parser)
     _add_device_flags(parser)
     _add_optimizer_flags(parser)
     _add_schedule_flags(parser)
@@ -220,6 +221,19 @@ def _add_train_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
     add("--head-init-scale", type=float, metavar="SCALE", help="multiply the head's initial weights")
     add("--head-init-bias", type=float, metavar="BIAS", help="the head's initial bias")
+
+
+def _add_ditac_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("DiTAC").add_argument
+    add("--ditac-version", metavar="NAME", help="ditac, ge, leaky or inf; the model's own if not given")
+    add("--ditac-init", metavar="NAME", help="match (the activation replaced), identity or prior")
+    add(
+        "--ditac-domain", nargs=2, type=float, metavar=("A", "B"), help="ends of its domain; the version's if not given"
+    )
+    add("--ditac-cells", type=int, metavar="N", help="cells of the tessellation; theta has one number less")
+    add("--ditac-roles", nargs="+", metavar="ROLE", help="activations to replace: main, glu, se, pos, kernel, gate")
+    add("--ditac-lr-scale", type=float, default=1.0, metavar="SCALE", help="thetas' learning rate over the others'")
+    add("--ditac-reg", type=float, default=0.0, metavar="LAMBDA", help="weight of the smoothness prior on thetas")
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:

@@ -107,6 +107,7 @@ def train_one_epoch(
     loss_scaler: NativeScaler | None = None,
     scheduler: Scheduler | None = None,
     mixup: Mixup | None = None,
+    regulariser: Callable[[], torch.Tensor] | None = None,
     first_update: int = 0,
     losses: LossMeter | None = None,
     after_update: Callable[[int, LossMeter], None] = lambda update, losses: None,
@@ -114,6 +115,7 @@ def train_one_epoch(
     """Train for one epoch, or what is left of it, and return its mean loss.
 
     Args:
+        regulariser: Gives a term that is added to the loss of an update, and not to the mean.
         first_update: Updates of the epoch done before; the loader begins with the batches of the next.
         losses: Their losses.
         after_update: Called with the number of updates done in the epoch, and their losses.
@@ -152,7 +154,10 @@ def train_one_epoch(
         with nullcontext() if need_update else task.no_sync():
             with precision.autocast():
                 loss = task(images, target)["loss"]
-            _backward_and_step(loss / divisor, clipped, optimizer, args, loss_scaler, second_order, need_update)
+            share = loss / divisor
+            if regulariser is not None and need_update:  # once an update; alike in all processes, whose mean counts
+                share = share + regulariser()
+            _backward_and_step(share, clipped, optimizer, args, loss_scaler, second_order, need_update)
         losses.update(loss, len(images))
         samples += len(images) * args.world_size
         if not need_update:

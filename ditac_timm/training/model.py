@@ -8,12 +8,13 @@ from typing import Any
 import timm
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import get_model_input_config, parse_model_name
+from timm.models import get_model_input_config, load_model_config_from_hf, parse_model_name
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from ditac_timm import create_model
+from ditac_timm import DiTAC, create_model
 from ditac_timm.training.device import Precision
-from ditac_timm.training.errors import UsageError, first_line, suggestion
+from ditac_timm.training.errors import UsageError, as_typed, first_line, suggestion
 
 # The flags that name arguments of a model; --model-kwargs gives any other.
 FLAGS = {
@@ -27,6 +28,8 @@ FLAGS = {
     "bn_eps": "--bn-eps",
     "img_size": "--img-size",
 }
+# Likewise the settings in its argument `ditac`.
+DITAC_FLAGS = {name: f"--ditac-{name}" for name in ("version", "init", "domain", "cells", "roles")}
 
 
 def check_model_name(name: str) -> None:
@@ -62,7 +65,24 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "bn_momentum": getattr(args, "bn_momentum", None),
         "bn_eps": getattr(args, "bn_eps", None),
     }
-    return {name: value for name, value in arguments.items() if value is not None} | args.model_kwargs
+    arguments = {name: value for name, value in arguments.items() if value is not None} | args.model_kwargs
+    if settings := _ditac_settings(args):
+        others = arguments.get("ditac", {})
+        if not isinstance(others, dict):
+            raise UsageError(f"--model-kwargs ditac must be a mapping of settings, not {others!r}")
+        arguments["ditac"] = others | settings
+    return arguments
+
+
+def as_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A model's arguments, each under what gives it on the command line."""
+    options: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name == "ditac" and isinstance(value, dict):
+            options |= {DITAC_FLAGS.get(key, f"--model-kwargs ditac {key}"): value[key] for key in value}
+        else:
+            options[FLAGS.get(name, f"--model-kwargs {name}")] = value
+    return options
 
 
 def regularisation_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,28 +114,48 @@ def build_model(name: str, arguments: dict[str, Any], *, pretrained_path: Path |
     if pretrained_path:
         kwargs["pretrained_cfg_overlay"] = {"file": str(pretrained_path), "num_classes": -1}
     try:
-        return create_model(name, **arguments, **kwargs)
+        return create_model(name, **_with_saved_settings(name, arguments), **kwargs)
     # Whatever timm, the Hub and an architecture's own checks raise where a name, a file or an argument is wrong.
     except (OSError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError) as error:
         if "unexpected keyword argument" in str(error):
             refused = str(error).rpartition("argument ")[2]
+            if refused == "'ditac'":
+                option = next(iter(as_options({"ditac": arguments["ditac"]})), "--model-kwargs ditac")
+                raise UsageError(f"{option} is about DiTAC, and --model {name} has none: leave it out") from error
             raise UsageError(f"--model {name} takes no {refused}: see --model-kwargs and --drop-*") from error
         source = f"--pretrained-path {pretrained_path}" if pretrained_path else "--pretrained"
         if "loading state_dict" in str(error):
             raise UsageError(f"{source} does not fit --model {name}, its weights are of another model") from error
-        asked = [
-            f"{FLAGS[key]} {value}" if key in FLAGS else f"--model-kwargs {key}={value}"
-            for key, value in arguments.items()
-        ]
+        asked = [f"{option} {as_typed(value)}" for option, value in as_options(arguments).items()]
         asked += [source] if kwargs.get("pretrained") else []
         raise UsageError(f"{' '.join([f'--model {name}', *asked])} cannot be created: {first_line(error)}") from error
+
+
+def _with_saved_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, where the DiTAC settings not named are those that a folder or Hub repository holds."""
+    source, place = parse_model_name(name)
+    if source is None or "ditac" not in arguments:  # timm itself would put the few that are named for all of them
+        return arguments
+    _, _, saved = load_model_config_from_hf(place) if source == "hf-hub" else load_model_config_from_path(place)
+    return {**arguments, "ditac": {**(saved or {}).get("ditac", {}), **arguments["ditac"]}}
 
 
 def source_of(model: Any, name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The architecture and arguments that rebuild a model without the folder or Hub repository it came from."""
     if parse_model_name(name)[0] is None:
         return name, arguments
-    return model.pretrained_cfg["architecture"], {**model.pretrained_model_args, **arguments}
+    saved = model.pretrained_model_args
+    if "ditac" in saved and "ditac" in arguments:
+        arguments = {**arguments, "ditac": {**saved["ditac"], **arguments["ditac"]}}
+    return model.pretrained_cfg["architecture"], {**saved, **arguments}
+
+
+def ditac_layers(model: nn.Module, flag: str) -> list[DiTAC]:
+    """A model's DiTAC activations; a model without any is refused, because a flag is about them."""
+    layers = [module for module in model.modules() if isinstance(module, DiTAC)]
+    if not layers:
+        raise UsageError(f"{flag} is about DiTAC, and --model has none: leave it out")
+    return layers
 
 
 def init_head(model: Any, args: argparse.Namespace) -> None:
@@ -146,6 +186,13 @@ def place(model: nn.Module, args: argparse.Namespace, precision: Precision) -> n
     if getattr(args, "sync_bn", False) and args.distributed:
         model = convert_sync_batchnorm(model)
     return model
+
+
+def _ditac_settings(args: argparse.Namespace) -> dict[str, Any]:
+    settings = {name: getattr(args, f"ditac_{name}", None) for name in DITAC_FLAGS}
+    if settings["domain"] is not None:  # a YAML file may give whole numbers
+        settings["domain"] = [float(end) for end in settings["domain"]]
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _head_parameters(model: Any) -> Iterator[nn.Parameter]:

@@ -12,6 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ditac_timm.training.errors import UsageError
+from ditac_timm.training.model import ditac_layers
 from ditac_timm.training.refusals import mixup_is_on
 
 _logger = logging.getLogger(__name__)
@@ -41,9 +42,30 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
         args.lr = base_lr(args)
         _logger.info(f"Learning rate {args.lr:g}, from --lr-base {args.lr_base:g}.")
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--opt {args.opt} does not take these --opt-* flags or --opt-kwargs: {error}") from error
+    if args.ditac_lr_scale != 1:
+        scale_theta_lr(optimizer, model, args.ditac_lr_scale)
+    return optimizer
+
+
+def scale_theta_lr(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
+    """Give thetas parameter groups of their own, whose `lr_scale` timm's schedules multiply learning rates by.
+
+    In the finished optimizer, so that thetas keep whatever else timm decided for their group: the weight decay, the
+    layer's own scale, a hybrid optimizer's fallback.
+    """
+    thetas = {id(layer.theta) for layer in ditac_layers(model, "--ditac-lr-scale")}
+    for group in list(optimizer.param_groups):
+        ours = [parameter for parameter in group["params"] if id(parameter) in thetas]
+        others = [parameter for parameter in group["params"] if id(parameter) not in thetas]
+        scaled = {**group, "params": ours, "lr_scale": group.get("lr_scale", 1.0) * scale}
+        if ours and others:
+            group["params"] = others
+            optimizer.add_param_group(scaled)
+        elif ours:
+            group.update(scaled)
 
 
 def base_lr(args: argparse.Namespace) -> float:

@@ -1,16 +1,20 @@
 """What is refused before data or model are touched: timm's flags not supported here, and flags that contradict."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import create_transform
+from timm.models import is_model, is_model_in_modules
 from timm.optim import list_optimizers
 from timm.utils import is_distributed_env
 
-from ditac_timm.training.errors import UsageError, suggestion
+from ditac_timm.ops.reference import VERSIONS
+from ditac_timm.surgery import ROLES
+from ditac_timm.training.errors import UsageError, as_typed, suggestion
 
 
 class Unsupported(NamedTuple):
@@ -110,6 +114,8 @@ _CHOICES: dict[str, Collection[str | None]] = {
     "lr_base_scale": ("", "linear", "sqrt"),
     "eval_metric": ("top1", "top5", "loss"),
     "results_format": (None, "csv", "json"),
+    "ditac_version": (None, *VERSIONS),
+    "ditac_init": (None, "match", "identity", "prior"),
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none"),
 }
 
@@ -120,6 +126,15 @@ _NOT_NEGATIVE: _Rule = ("at least 0", lambda value: value >= 0)
 _POSITIVE: _Rule = ("above 0", lambda value: value > 0)
 _SHARE: _Rule = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_ONE: _Rule = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_FACTOR: _Rule = ("a finite number of at least 0", lambda value: 0 <= value < math.inf)
+_DOMAIN: _Rule = (
+    "two finite numbers, the smaller one first",
+    lambda ends: (
+        len(ends) == 2
+        and all(isinstance(end, int | float) and math.isfinite(end) for end in ends)
+        and ends[0] < ends[1]
+    ),
+)
 _RULES: dict[str, _Rule] = {
     "batch_size": _COUNT,
     "validation_batch_size": _COUNT,
@@ -149,6 +164,25 @@ _RULES: dict[str, _Rule] = {
     "mixup_prob": _SHARE,
     "mixup_switch_prob": _SHARE,
     "smoothing": _BELOW_ONE,
+    "ditac_cells": ("a whole number of at least 2", lambda value: isinstance(value, int) and value >= 2),
+    "ditac_domain": _DOMAIN,
+    "ditac_roles": (
+        f"among {', '.join(ROLES)}",
+        lambda roles: bool(roles) and all(role in list(ROLES) for role in roles),
+    ),
+    "ditac_lr_scale": _FACTOR,
+    "ditac_reg": _FACTOR,
+}
+
+# What the flags about DiTAC say by default, so that a model without it is not refused.
+_DITAC_DEFAULTS: dict[str, Any] = {
+    "ditac_version": None,
+    "ditac_init": None,
+    "ditac_domain": None,
+    "ditac_cells": None,
+    "ditac_roles": None,
+    "ditac_lr_scale": 1.0,
+    "ditac_reg": 0.0,
 }
 
 
@@ -160,6 +194,7 @@ def check_train_flags(args: argparse.Namespace) -> None:
     if opt not in known:
         raise UsageError(f"--opt {args.opt} is no timm optimizer{suggestion(opt, known)}")
     _check_augmentation(args)
+    _check_ditac(args)
     if args.sync_bn and not args.device.startswith("cuda"):
         raise UsageError(f"--sync-bn works on CUDA devices only, and --device is {args.device}: leave it out")
     if args.sync_bn and args.split_bn:
@@ -195,7 +230,7 @@ def _check_each(args: argparse.Namespace) -> None:
     for name, (wanted, fits) in _RULES.items():
         value = getattr(args, name, None)
         if value is not None and not fits(value):
-            raise UsageError(f"{_flag(name)} must be {wanted}, not {value}")
+            raise UsageError(f"{_flag(name)} must be {wanted}, not {as_typed(value)}")
     if args.amp and args.model_dtype not in (None, "", "float32"):
         raise UsageError(f"--amp keeps float32 weights: leave --model-dtype {args.model_dtype} out")
     _check_compilation(args)
@@ -239,6 +274,18 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UsageError("--split-bn needs --aug-splits 2 or more, or --resplit")
     if args.aug_repeats and not is_distributed_env():
         raise UsageError("--aug-repeats spreads views over processes: start several with torchrun, or leave it out")
+
+
+def _check_ditac(args: argparse.Namespace) -> None:
+    given = [name for name, default in _DITAC_DEFAULTS.items() if getattr(args, name) != default]
+    architecture = args.model.partition(".")[0]
+    # Of a name that timm does not know (a folder, the Hub, NAME_ditac) the model itself will tell.
+    if given and is_model(architecture) and not is_model_in_modules(architecture, "ditac_zoo"):
+        raise UsageError(
+            f"{_flag(given[0])} is about DiTAC, and --model {args.model} has none: give --model {architecture}_ditac"
+        )
+    if args.ditac_lr_scale != 1 and args.sched == "none":
+        raise UsageError("--sched none takes no account of --ditac-lr-scale: give --sched constant")
 
 
 def mixup_is_on(args: argparse.Namespace) -> bool:
