@@ -32,11 +32,11 @@ import yaml
 from timm import utils
 from timm.layers import set_fast_norm
 from timm.models import safe_model_name
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from torch import nn
 
 from ditac_timm.training import checkpoint as checkpoints
-from ditac_timm.training import data
+from ditac_timm.training import data, distillation
 from ditac_timm.training import model as models
 from ditac_timm.training.device import Precision, init_device, resolve_device
 from ditac_timm.training.errors import UsageError, run_script
@@ -67,6 +67,8 @@ def train(args: argparse.Namespace) -> None:
     if args.resume:  # replaces the weights that the run started from, which its args.yaml names
         args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ""
     models.check_model_name(args.model)
+    if args.kd_model_name is not None:
+        models.check_model_name(args.kd_model_name, "--kd-model-name")
     data.check_data_dir(args)
     resume_file = checkpoints.find_checkpoint(args.resume, "--resume") if args.resume else None
     if args.experiment and not resume_file and (_runs(args) / args.experiment / checkpoints.LAST).exists():
@@ -83,14 +85,16 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
     resumed = checkpoints.read_checkpoint(resume_file, "--resume") if resume_file else {}
     model, rebuild = create_model(args, resumed)
     config = data.resolve_data_config(args, model)
+    teacher = distillation.create_teacher(args, model, config, precision)
     num_classes = model.num_classes
     train_loader, eval_loader, mixup = data.create_loaders(args, config, precision, num_classes)
 
     model = models.place(model, args, precision)
     if resumed:  # only now, because --split-bn adds layers
         checkpoints.load_weights(model, resumed["state_dict"], f"--resume {args.resume}")
-    optimizer = create_optimizer(args, model)
-    task = create_task(args, model, precision, resumed)
+    task = create_task(args, model, precision, resumed, teacher)
+    # Of the task's own module, which may train more than the model; bare, because parameters are grouped by name.
+    optimizer = create_optimizer(args, utils.unwrap_model(task.get_trainable_module()))
     loss_scaler = precision.loss_scaler()
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, epochs = create_scheduler(args, optimizer, updates_per_epoch)
@@ -200,12 +204,15 @@ def create_model(args: argparse.Namespace, resumed: dict[str, Any]) -> tuple[Any
 
 
 def create_task(
-    args: argparse.Namespace, model: nn.Module, precision: Precision, resumed: dict[str, Any]
-) -> ClassificationTask:
+    args: argparse.Namespace,
+    model: nn.Module,
+    precision: Precision,
+    resumed: dict[str, Any],
+    teacher: distillation.Teacher | None = None,
+) -> TrainingTask:
     """Join model and loss; average, compile and distribute the model as the flags say, in the order that needs."""
-    task = ClassificationTask(
-        model, create_loss(args), device=precision.device, dtype=precision.model_dtype, verbose=False
-    )
+    task = distillation.create_training_task(args, model, create_loss(args), teacher, precision)
+    distillation.restore_task_state(task, resumed)
     if "state_dict_ema" in resumed and not args.model_ema:
         raise UsageError(f"--resume {args.resume} holds averaged weights, which would be lost: give --model-ema")
     if args.model_ema:
@@ -216,6 +223,7 @@ def create_task(
         )
         if "state_dict_ema" in resumed:
             task.load_checkpoint_state(resumed["state_dict_ema"], ema=True)
+            distillation.restore_task_state(task, resumed, ema=True)
     if args.torchcompile:
         task.compile(args.torchcompile, args.torchcompile_mode)
         task.compile_ema(args.torchcompile, args.torchcompile_mode)

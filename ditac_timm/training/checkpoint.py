@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, parse_model_name
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
 
@@ -195,7 +195,7 @@ def reported_write_errors(path: Path) -> Iterator[None]:
 
 
 def training_state(
-    task: ClassificationTask,
+    task: TrainingTask,
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None,
     loss_scaler: NativeScaler | None,

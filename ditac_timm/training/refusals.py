@@ -1,6 +1,7 @@
 """What is refused before data or model are touched: timm's flags not supported here, and flags that contradict."""
 
 import argparse
+import importlib
 import os
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -29,8 +30,6 @@ class Unsupported(NamedTuple):
 
 _NAFLEX = "NaFlex loaders feed patches, which only NaFlex models take"
 _SIZES = "training at scheduled resolutions is not part of this script; give one --img-size"
-_KD = "there is no distillation yet"
-_WANDB = "there is no Weights & Biases logging yet; every epoch is in summary.csv"
 _SCRIPT = "DiTAC's operators are not scriptable; use --torchcompile"
 
 UNSUPPORTED_IN_TRAIN = (
@@ -41,10 +40,6 @@ UNSUPPORTED_IN_TRAIN = (
     Unsupported("--save-images", False, "only checkpoints and the summary are written"),
     Unsupported("--tta", 0, "the loaders make no oversampled views to average"),
     Unsupported("--recovery-interval", 0, "there are no checkpoints within an epoch yet"),
-    Unsupported("--log-wandb", False, _WANDB),
-    Unsupported("--wandb-project", None, _WANDB),
-    Unsupported("--wandb-tags", [], _WANDB),
-    Unsupported("--wandb-resume-id", "", _WANDB),
     Unsupported("--train-img-sizes", None, _SIZES),
     Unsupported("--train-batch-sizes", None, _SIZES),
     Unsupported("--train-size-probs", None, _SIZES),
@@ -60,15 +55,6 @@ UNSUPPORTED_IN_TRAIN = (
     Unsupported("--naflex-patch-size-probs", None, _NAFLEX),
     Unsupported("--naflex-loss-scale", "linear", _NAFLEX),
     Unsupported("--naflex-patchify-channels-first", False, _NAFLEX),
-    Unsupported("--kd-model-name", None, _KD),
-    Unsupported("--kd-distill-type", "logit", _KD),
-    Unsupported("--kd-loss-type", "kl", _KD),
-    Unsupported("--distill-loss-weight", None, _KD),
-    Unsupported("--task-loss-weight", None, _KD),
-    Unsupported("--kd-temperature", 4.0, _KD),
-    Unsupported("--kd-student-feature-dim", None, _KD),
-    Unsupported("--kd-teacher-feature-dim", None, _KD),
-    Unsupported("--kd-token-distill-type", "soft", _KD),
 )
 
 UNSUPPORTED_IN_VALIDATE = (
@@ -96,6 +82,18 @@ FORMER_FLAGS: dict[str, tuple[Any, str]] = {
     "num_gpu": (1, "start one process for each GPU with torchrun"),
 }
 
+# The flags that mean nothing without a teacher, and their defaults.
+DISTILLATION_DEFAULTS: dict[str, Any] = {
+    "kd_distill_type": "logit",
+    "kd_loss_type": "kl",
+    "distill_loss_weight": None,
+    "task_loss_weight": None,
+    "kd_temperature": 4.0,
+    "kd_student_feature_dim": None,
+    "kd_teacher_feature_dim": None,
+    "kd_token_distill_type": "soft",
+}
+
 # Checked here and not by argparse, which checks neither choices nor ranges of what a YAML file says.
 _INTERPOLATIONS = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CHOICES: dict[str, Collection[str | None]] = {
@@ -111,6 +109,9 @@ _CHOICES: dict[str, Collection[str | None]] = {
     "lr_base_scale": ("", "linear", "sqrt"),
     "eval_metric": ("top1", "top5", "loss"),
     "results_format": (None, "csv", "json"),
+    "kd_distill_type": ("logit", "feature", "token"),
+    "kd_loss_type": ("kl",),
+    "kd_token_distill_type": ("soft", "hard"),
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none"),
 }
 
@@ -135,6 +136,11 @@ _RULES: dict[str, _Rule] = {
     "in_chans": _COUNT,
     "workers": _NOT_NEGATIVE,
     "crop_pct": _POSITIVE,
+    "kd_student_feature_dim": _COUNT,
+    "kd_teacher_feature_dim": _COUNT,
+    "kd_temperature": _POSITIVE,
+    "distill_loss_weight": _NOT_NEGATIVE,
+    "task_loss_weight": _NOT_NEGATIVE,
     "drop": _SHARE,
     "drop_connect": _SHARE,
     "drop_path": _SHARE,
@@ -159,6 +165,8 @@ def check_train_flags(args: argparse.Namespace) -> None:
     if opt not in known:
         raise UsageError(f"--opt {args.opt} is no timm optimizer{suggestion(opt, known)}")
     _check_augmentation(args)
+    _check_distillation(args)
+    _check_logging(args)
     if args.sync_bn and not args.device.startswith("cuda"):
         raise UsageError(f"--sync-bn works on CUDA devices only, and --device is {args.device}: leave it out")
     if args.sync_bn and args.split_bn:
@@ -240,6 +248,34 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UsageError("--split-bn needs --aug-splits 2 or more, or --resplit")
     if args.aug_repeats and not is_distributed_env():
         raise UsageError("--aug-repeats spreads views over processes: start several with torchrun, or leave it out")
+
+
+def _check_distillation(args: argparse.Namespace) -> None:
+    if args.kd_model_name is None:
+        for name, default in DISTILLATION_DEFAULTS.items():
+            if getattr(args, name) != default:
+                raise UsageError(f"{_flag(name)} needs a teacher: give --kd-model-name")
+    if args.distill_loss_weight is None and (args.task_loss_weight or 0) > 1:
+        raise UsageError(
+            f"--task-loss-weight {args.task_loss_weight} leaves distillation one minus it, which is below 0: "
+            "give --distill-loss-weight too"
+        )
+
+
+def _check_logging(args: argparse.Namespace) -> None:
+    if args.wandb_resume_id and not args.log_wandb:
+        raise UsageError("--wandb-resume-id needs --log-wandb")
+    if args.wandb_resume_id and not args.resume:
+        raise UsageError("--wandb-resume-id continues a run of Weights & Biases: give --resume too")
+    for asked, flag, module in (
+        (args.log_wandb, "--log-wandb", "wandb"),
+        (args.log_tensorboard, "--log-tensorboard", "tensorboard"),
+    ):
+        try:
+            if asked:
+                importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(f"{flag} needs {module}, which is not installed: pip install {module}") from error
 
 
 def mixup_is_on(args: argparse.Namespace) -> bool:
