@@ -6,14 +6,16 @@
     python train.py -c output/train/RUN/args.yaml --resume output/train/RUN
 
 A run's folder, OUTPUT/EXPERIMENT, holds args.yaml (the flags, for -c), summary.csv (a line an epoch), last.pth.tar
-(which --resume continues from), model_best.pth.tar, and the best checkpoint-EPOCH.pth.tar. A checkpoint is a dict of
-tensors and plain values, which torch.load reads with weights_only=True:
+(which --resume continues from), model_best.pth.tar, and the best checkpoint-EPOCH.pth.tar; of a model with DiTAC also
+activations.csv (a line an epoch and layer) and activations.png. A checkpoint is a dict of tensors and plain values,
+which torch.load reads with weights_only=True:
 
     arch, model_args        create_model(arch, **model_args) rebuilds the model
     state_dict              its weights; with --model-ema also state_dict_ema, their average
     num_classes             as in model_args
     data_config             how images are prepared: input_size, mean, std, interpolation, crop_pct, crop_mode
     epoch, metric, saver    the epoch just finished, its metric, the best ones of the run
+    task_state              the projection that --kd-distill-type feature may train; task_state_ema, its average
     optimizer, scheduler, amp_scaler, args, version
 """
 
@@ -38,6 +40,7 @@ from torch import nn
 from ditac_timm.training import checkpoint as checkpoints
 from ditac_timm.training import data, distillation
 from ditac_timm.training import model as models
+from ditac_timm.training.activations import ActivationStatistics
 from ditac_timm.training.device import Precision, init_device, resolve_device
 from ditac_timm.training.errors import UsageError, run_script
 from ditac_timm.training.flags import parse_train_flags
@@ -50,6 +53,7 @@ from ditac_timm.training.recipe import (
     metric_decreases,
 )
 from ditac_timm.training.refusals import check_train_flags, mixup_is_on
+from ditac_timm.training.watch import Watch
 
 _logger = logging.getLogger("train")
 
@@ -116,6 +120,8 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
         saver = checkpoints.CheckpointSaver(folder, decreasing=metric_decreases(args), max_history=args.checkpoint_hist)
         if resume_file and resume_file.parent.resolve() == folder.resolve():
             saver.restore(resumed)
+    activations = ActivationStatistics(task, args, precision, folder, start_epoch)
+    watch = Watch(args, flags, folder, start_epoch)
     constants = {**rebuild, "num_classes": num_classes, "data_config": config, "args": flags, "version": 2}
     _logger.info(f"Training from epoch {start_epoch} up to {epochs}, checkpoints in {folder}.")
 
@@ -140,11 +146,15 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
             if scheduler is not None:
                 scheduler.step(epoch + 1)
             continue
-        eval_metrics = evaluate_task(task, eval_loader, args, precision, epoch) if eval_loader is not None else None
+        with activations.observed(eval_loader):
+            eval_metrics = evaluate_task(task, eval_loader, args, precision, epoch) if eval_loader is not None else None
         metrics = eval_metrics or train_metrics
         metric, lr = metrics[best_metric_name(args)], mean_lr(optimizer)
         if scheduler is not None:
             scheduler.step(epoch + 1, metric)
+        with checkpoints.reported_write_errors(folder):
+            learned = activations.record(epoch, last=epoch + 1 == epochs)
+        watch.log(epoch, train_metrics, eval_metrics, lr, learned)
         if saver is not None:
             # The line first: a run that is killed in between resumes before it, and writes it again.
             with checkpoints.reported_write_errors(folder):
@@ -154,6 +164,7 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], resume_file: Path | No
         validation = {"validation": eval_metrics} if eval_metrics else {}
         results.append({"epoch": epoch, "train": train_metrics, **validation})
 
+    watch.close()
     if saver is not None:
         _logger.info(f"*** Best {best_metric_name(args)}: {saver.best_metric} (epoch {saver.best_epoch})")
         ranked = sorted(
