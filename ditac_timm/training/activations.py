@@ -29,8 +29,8 @@ _logger = logging.getLogger(__name__)
 TABLE, PICTURE = "activations.csv", "activations.png"
 COLUMNS = ("epoch", "layer", "theta_norm", "inside", "max_slope")
 
-# Inputs of a layer that are looked at in a batch, about: the cost is bounded, and float32 counts them exactly.
-_SAMPLE = 2**20
+# Inputs of a layer that are looked at in a batch, about, so that the cost is bounded.
+_SAMPLE = 2**18
 _BINS = 80  # of a histogram, over the domain and half its width to either side
 _COMPILED_BATCHES = 8
 
@@ -59,7 +59,7 @@ class ActivationStatistics:
     """Statistics of the DiTAC layers of the model whose metrics count; of a model without DiTAC nothing at all.
 
     Inputs are counted by hooks while that model is evaluated, on its device, without waiting for it, and summed over
-    processes; of a batch of more than about a million inputs of a layer, those of some images. Training steps run no
+    processes; where a layer has more than 262,144 inputs in a batch, those of some of its images. Training steps run no
     hook. A compiled model runs none either, so a few validation batches pass once more through the module that was
     compiled, whose weights are the same.
     """
