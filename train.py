@@ -6,16 +6,18 @@
     python train.py -c output/train/RUN/args.yaml --resume output/train/RUN
 
 A run's folder, OUTPUT/EXPERIMENT, holds args.yaml (the flags, for -c), summary.csv (a line an epoch), last.pth.tar,
-model_best.pth.tar, the best checkpoint-EPOCH.pth.tar and, within an epoch, the latest recovery-EPOCH-UPDATES.pth.tar.
---resume FOLDER goes on from the newest whole one, bit for bit, and so does a run that torchrun restarts. SIGTERM and
-SIGINT end a run after the update at hand, with its state saved and exit code 75. A checkpoint is a dict of tensors and
-plain values, which torch.load reads with weights_only=True:
+model_best.pth.tar, the best checkpoint-EPOCH.pth.tar and, within an epoch, the latest recovery-EPOCH-UPDATES.pth.tar;
+of a model with DiTAC also activations.csv (a line an epoch and layer) and activations.png. --resume FOLDER goes on from
+the newest whole checkpoint, bit for bit, and so does a run that torchrun restarts. SIGTERM and SIGINT end a run after
+the update at hand, with its state saved and exit code 75. A checkpoint is a dict of tensors and plain values, which
+torch.load reads with weights_only=True:
 
     arch, model_args        create_model(arch, **model_args) rebuilds the model
     state_dict              its weights; with --model-ema also state_dict_ema, their average
     num_classes             as in model_args
     data_config             how images are prepared: input_size, mean, std, interpolation, crop_pct, crop_mode
     epoch, metric, saver    the epoch just finished, its metric, the best ones of the run
+    task_state              the projection that --kd-distill-type feature may train; task_state_ema, its average
     optimizer, scheduler, amp_scaler, args, version
     updates, ranks          of a recovery checkpoint: updates done in its epoch, and what differs between processes
 """
@@ -36,12 +38,13 @@ import yaml
 from timm import utils
 from timm.layers import set_fast_norm
 from timm.models import safe_model_name
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from torch import nn
 
 from ditac_timm.training import checkpoint as checkpoints
-from ditac_timm.training import data
+from ditac_timm.training import data, distillation
 from ditac_timm.training import model as models
+from ditac_timm.training.activations import ActivationStatistics
 from ditac_timm.training.device import Precision, init_device, resolve_device
 from ditac_timm.training.errors import Interrupted, RunError, UsageError, run_script
 from ditac_timm.training.flags import parse_train_flags
@@ -57,6 +60,7 @@ from ditac_timm.training.recipe import (
 )
 from ditac_timm.training.refusals import check_train_flags, mixup_is_on
 from ditac_timm.training.regularisation import smoothness_term
+from ditac_timm.training.watch import Watch
 
 _logger = logging.getLogger("train")
 
@@ -74,6 +78,8 @@ def train(args: argparse.Namespace) -> None:
     if args.resume:  # replaces the weights that the run started from, which its args.yaml names
         args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ""
     models.check_model_name(args.model)
+    if args.kd_model_name is not None:
+        models.check_model_name(args.kd_model_name, "--kd-model-name")
     data.check_data_dir(args)
     resume_restarted(args)
     if args.resume and not os.path.exists(args.resume):
@@ -103,6 +109,7 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
         )
     model, rebuild = create_model(args, resumed)
     config = data.resolve_data_config(args, model)
+    teacher = distillation.create_teacher(args, model, config, precision)
     num_classes = model.num_classes
     train_loader, eval_loader, mixup = data.create_loaders(args, config, precision, num_classes)
     for loader in (train_loader, eval_loader):
@@ -112,9 +119,10 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
     model = models.place(model, args, precision)
     if resumed:  # only now, because --split-bn adds layers
         checkpoints.load_weights(model, resumed["state_dict"], f"--resume {args.resume}")
-    optimizer = create_optimizer(args, model)
+    task = create_task(args, model, precision, resumed, teacher)
+    # Of the task's own module, which may train more than the model; bare, because parameters are grouped by name.
+    optimizer = create_optimizer(args, utils.unwrap_model(task.get_trainable_module()))
     regulariser = smoothness_term(model, args.ditac_reg)
-    task = create_task(args, model, precision, resumed)
     loss_scaler = precision.loss_scaler()
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, epochs = create_scheduler(args, optimizer, updates_per_epoch)
@@ -139,6 +147,8 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
         saver = checkpoints.CheckpointSaver(folder, decreasing=metric_decreases(args), max_history=args.checkpoint_hist)
         if resume_file is not None and resume_file.parent.resolve() == folder.resolve():
             saver.restore(resumed)
+    activations = ActivationStatistics(task, args, precision, folder, start_epoch)
+    watch = Watch(args, flags, folder, start_epoch)
     constants = {**rebuild, "num_classes": num_classes, "data_config": config, "args": flags, "version": 2}
     _logger.info(f"Training from epoch {start_epoch} up to {epochs}, checkpoints in {folder}.")
 
@@ -194,11 +204,15 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
             if scheduler is not None:
                 scheduler.step(epoch + 1)
             continue
-        eval_metrics = evaluate_task(task, eval_loader, args, precision, epoch) if eval_loader is not None else None
+        with activations.observed(eval_loader):
+            eval_metrics = evaluate_task(task, eval_loader, args, precision, epoch) if eval_loader is not None else None
         metrics = eval_metrics or train_metrics
         metric, lr = metrics[best_metric_name(args)], mean_lr(optimizer)
         if scheduler is not None:
             scheduler.step(epoch + 1, metric)
+        with checkpoints.reported_write_errors(folder):
+            learned = activations.record(epoch, last=epoch + 1 == epochs)
+        watch.log(epoch, train_metrics, eval_metrics, lr, learned)
         if saver is not None:
             # The line first: a run that is killed in between resumes before it, and writes it again.
             with checkpoints.reported_write_errors(folder):
@@ -207,6 +221,7 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
         validation = {"validation": eval_metrics} if eval_metrics else {}
         results.append({"epoch": epoch, "train": train_metrics, **validation})
 
+    watch.close()
     if saver is not None:
         _logger.info(f"*** Best {best_metric_name(args)}: {saver.best_metric} (epoch {saver.best_epoch})")
         ranked = sorted(
@@ -257,12 +272,15 @@ def create_model(args: argparse.Namespace, resumed: dict[str, Any]) -> tuple[Any
 
 
 def create_task(
-    args: argparse.Namespace, model: nn.Module, precision: Precision, resumed: dict[str, Any]
-) -> ClassificationTask:
+    args: argparse.Namespace,
+    model: nn.Module,
+    precision: Precision,
+    resumed: dict[str, Any],
+    teacher: distillation.Teacher | None = None,
+) -> TrainingTask:
     """Join model and loss; average, compile and distribute the model as the flags say, in the order that needs."""
-    task = ClassificationTask(
-        model, create_loss(args), device=precision.device, dtype=precision.model_dtype, verbose=False
-    )
+    task = distillation.create_training_task(args, model, create_loss(args), teacher, precision)
+    distillation.restore_task_state(task, resumed)
     if "state_dict_ema" in resumed and not args.model_ema:
         raise UsageError(f"--resume {args.resume} holds averaged weights, which would be lost: give --model-ema")
     if args.model_ema:
@@ -273,6 +291,7 @@ def create_task(
         )
         if "state_dict_ema" in resumed:
             task.load_checkpoint_state(resumed["state_dict_ema"], ema=True)
+            distillation.restore_task_state(task, resumed, ema=True)
     if args.torchcompile:
         task.compile(args.torchcompile, args.torchcompile_mode)
         task.compile_ema(args.torchcompile, args.torchcompile_mode)

@@ -68,7 +68,7 @@ def audit_activations(model: nn.Module, input_size: Sequence[int] | None = None)
         input_size = config.get("input_size")
         if input_size is None:
             raise ValueError("input_size is needed, (channels, height, width): the model has no timm configuration.")
-    twin = _meta_twin(model).eval()
+    twin = meta_twin(model).eval()
     recorder = _Recorder()
     with ExitStack() as stack:
         for name, module in twin.named_modules():
@@ -81,7 +81,7 @@ def audit_activations(model: nn.Module, input_size: Sequence[int] | None = None)
     return [ActivationCall(*call, count) for call, count in recorder.calls.items()]
 
 
-def _meta_twin(model: nn.Module) -> nn.Module:
+def meta_twin(model: nn.Module) -> nn.Module:
     memo: dict[int, Tensor] = {}
     for module in model.modules():
         tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from torch import nn
 
 from ditac_timm import DiTAC
@@ -16,6 +17,19 @@ def test_a_panel_for_every_layer(tmp_path):
     assert titles == ["0", "1", "2", "3", "", ""]
     assert all(len(axes.lines) == 2 for axes in figure.axes[:4])
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_histograms_of_inputs_stand_behind_the_curves():
+    model = nn.Sequential(DiTAC(), DiTAC(), DiTAC())
+    edges = torch.linspace(-6, 6, 5)
+    inputs = {"0": (torch.tensor([0, 3, 6, 0]), edges), "2": (torch.zeros(4), edges)}  # of "2" nothing was seen
+    figure = plot_activations(model, inputs=inputs)
+    assert [len(axes.collections) for axes in figure.axes] == [1, 0, 0]
+    heights = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.max() == pytest.approx(0.9)  # of the panel
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["GELU", "learned", "inputs"]
+    without = plot_activations(model)
+    assert figure.axes[0].get_ylim() == without.axes[0].get_ylim()
 
 
 def test_the_learned_curve_is_the_modules_own():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, parse_model_name
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask
+from timm.task import TrainingTask
 from timm.utils import NativeScaler, unwrap_model
 from torch import nn
 
@@ -274,7 +274,7 @@ def reported_write_errors(path: Path) -> Iterator[None]:
 
 
 def training_state(
-    task: ClassificationTask,
+    task: TrainingTask,
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None,
     loss_scaler: NativeScaler | None,
@@ -288,7 +288,7 @@ def training_state(
     return state
 
 
-def state_within_epoch(task: ClassificationTask, args: argparse.Namespace, losses: torch.Tensor) -> dict[str, Any]:
+def state_within_epoch(task: TrainingTask, args: argparse.Namespace, losses: torch.Tensor) -> dict[str, Any]:
     """What a checkpoint within an epoch holds besides: what differs between processes until the epoch's end.
 
     All processes must call this together.
@@ -306,7 +306,7 @@ def state_within_epoch(task: ClassificationTask, args: argparse.Namespace, losse
 
 
 def restore_within_epoch(
-    checkpoint: dict[str, Any], task: ClassificationTask, args: argparse.Namespace
+    checkpoint: dict[str, Any], task: TrainingTask, args: argparse.Namespace
 ) -> torch.Tensor | None:
     """Restore what `state_within_epoch` saved and return this rank's losses; None where an epoch was at its end."""
     if not checkpoint.get("updates"):
@@ -330,7 +330,7 @@ def images_per_update(args: argparse.Namespace) -> int:
     return args.batch_size * args.grad_accum_steps * args.world_size
 
 
-def _buffers(task: ClassificationTask, ema: bool) -> dict[str, torch.Tensor]:
+def _buffers(task: TrainingTask, ema: bool) -> dict[str, torch.Tensor]:
     if ema and not task.has_ema():
         return {}
     model: Any = unwrap_model(task.get_trainable_module(ema=ema))

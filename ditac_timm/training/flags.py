@@ -10,7 +10,13 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ditac_timm.training.errors import UsageError, suggestion
-from ditac_timm.training.refusals import FORMER_FLAGS, UNSUPPORTED_IN_TRAIN, UNSUPPORTED_IN_VALIDATE, Unsupported
+from ditac_timm.training.refusals import (
+    DISTILLATION_DEFAULTS,
+    FORMER_FLAGS,
+    UNSUPPORTED_IN_TRAIN,
+    UNSUPPORTED_IN_VALIDATE,
+    Unsupported,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +46,7 @@ def train_parser() -> argparse.ArgumentParser:
     _add_schedule_flags(parser)
     _add_augmentation_flags(parser)
     _add_norm_and_ema_flags(parser)
+    _add_distillation_flags(parser)
     _add_run_flags(parser)
     _add_unsupported(parser, UNSUPPORTED_IN_TRAIN)
     return parser
@@ -348,6 +355,20 @@ def _add_norm_and_ema_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-ema-warmup", action="store_true", help="warm its decay up")
 
 
+def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("Knowledge distillation").add_argument
+    add("--kd-model-name", metavar="NAME", help="the teacher, pretrained: any name that --model takes")
+    add("--kd-distill-type", metavar="TYPE", help="what is learned of it: logit, feature or token")
+    add("--kd-loss-type", metavar="LOSS", help="between logits: kl")
+    add("--distill-loss-weight", type=float, metavar="W", help="1, or 1 - TASK where only --task-loss-weight is given")
+    add("--task-loss-weight", type=float, metavar="TASK", help="weight of the loss on labels, 1 if not given")
+    add("--kd-temperature", type=float, metavar="T", help="of the softmax on both sides")
+    add("--kd-student-feature-dim", type=int, metavar="N", help="the student's own if not given")
+    add("--kd-teacher-feature-dim", type=int, metavar="N", help="the teacher's own if not given")
+    add("--kd-token-distill-type", metavar="TYPE", help="soft, or hard for the teacher's best class")
+    parser.set_defaults(**DISTILLATION_DEFAULTS)
+
+
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Run").add_argument
     add("--output", default="", metavar="DIR", help="folder of runs, ./output/train if empty")
@@ -360,3 +381,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--nan-patience", type=int, default=0, metavar="N", help="losses in a row that may be not finite")
     add("--checkpoint-hist", type=int, default=10, metavar="N", help="best checkpoints to keep")
     add("--eval-metric", default="top1", metavar="NAME", help="what makes a checkpoint the best: top1, top5 or loss")
+    add("--plot-activations", action="store_true", help="draw DiTAC's activations each epoch, not only at the end")
+    add("--log-tensorboard", action="store_true", help="write TensorBoard's events into the run's folder")
+    add("--log-wandb", action="store_true", help="log every epoch to Weights & Biases")
+    add("--wandb-project", metavar="NAME", help="its project")
+    add("--wandb-tags", default=[], nargs="+", metavar="TAG", help="its tags")
+    add("--wandb-resume-id", default="", metavar="ID", help="with --resume: its run to continue")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, evaluation_sample_limit
+from timm.task import TrainingTask, evaluation_sample_limit
 from timm.task.evaluator import ClassificationEvaluator
 from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad, distribute_bn
 from torch import nn
@@ -97,7 +97,7 @@ class Losses(NamedTuple):
 
 
 def train_one_epoch(
-    task: ClassificationTask,
+    task: TrainingTask,
     loader: Any,
     optimizer: torch.optim.Optimizer,
     epoch: int,
@@ -240,7 +240,7 @@ def evaluate(
 
 
 def evaluate_task(
-    task: ClassificationTask, loader: Any, args: argparse.Namespace, precision: Precision, epoch: int
+    task: TrainingTask, loader: Any, args: argparse.Namespace, precision: Precision, epoch: int
 ) -> OrderedDict[str, float]:
     """Evaluate a task's model, and the averaged weights where there are any, whose metrics then count.
 
@@ -259,7 +259,7 @@ def evaluate_task(
     return metrics
 
 
-def share_batch_norm(task: ClassificationTask, args: argparse.Namespace) -> None:
+def share_batch_norm(task: TrainingTask, args: argparse.Namespace) -> None:
     """Give all processes the same batch norm statistics, so that they evaluate, and save, the same model."""
     if not args.distributed or (not args.dist_bn and args.no_ddp_bb):
         return
@@ -269,7 +269,7 @@ def share_batch_norm(task: ClassificationTask, args: argparse.Namespace) -> None
         distribute_bn(task.get_trainable_module(ema=True), args.world_size, reduce)
 
 
-def clipped_parameters(task: ClassificationTask, mode: str) -> list[nn.Parameter]:
+def clipped_parameters(task: TrainingTask, mode: str) -> list[nn.Parameter]:
     """The parameters whose gradients are clipped.
 
     Adaptive clipping leaves the head alone, as its authors do, and DiTAC: it clips to a share of a parameter's norm,

@@ -32,12 +32,12 @@ FLAGS = {
 DITAC_FLAGS = {name: f"--ditac-{name}" for name in ("version", "init", "domain", "cells", "roles")}
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, flag: str = "--model") -> None:
     """Refuse a name that neither timm nor ditac_timm knows, with the nearest names they do."""
     try:
         source, _ = parse_model_name(name)
     except ValueError as error:
-        raise UsageError(f"--model {name}: {error}") from error
+        raise UsageError(f"{flag} {name}: {error}") from error
     if source:  # a folder or a Hub repository; its own config names the architecture
         return
     architecture, _, tag = name.partition(".")
@@ -45,12 +45,12 @@ def check_model_name(name: str) -> None:
     if not timm.is_model(architecture) and not timm.is_model(base):
         suffix = "" if base == architecture else "_ditac"
         known = sorted({*timm.list_models(), *(model + suffix for model in timm.list_models())})
-        raise UsageError(f"--model {name} is unknown{suggestion(architecture, known)}")
+        raise UsageError(f"{flag} {name} is unknown{suggestion(architecture, known)}")
     if tag:
         weights = base if timm.is_model(base) else architecture
         tags = [model.partition(".")[2] for model in timm.list_models(weights, include_tags=True)]
         if tag not in tags:
-            raise UsageError(f"--model {name}: {weights} has no weights {tag!r}{suggestion(tag, tags)}")
+            raise UsageError(f"{flag} {name}: {weights} has no weights {tag!r}{suggestion(tag, tags)}")
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,23 +92,33 @@ def regularisation_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def image_size_argument(name: str, arguments: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def image_size_argument(
+    name: str, arguments: dict[str, Any], args: argparse.Namespace, flag: str = "--model"
+) -> dict[str, Any]:
     """`img_size` for the architectures that are built for one image size, where flags ask for a size; else nothing."""
     size = tuple(args.input_size[1:]) if args.input_size else args.img_size
     if size is None or "img_size" in arguments:
         return {}
     with torch.device("meta"):
-        fixed = get_model_input_config(build_model(name, arguments))["fixed_input_size"]
+        fixed = get_model_input_config(build_model(name, arguments, flag=flag))["fixed_input_size"]
     return {"img_size": size} if fixed else {}
 
 
-def build_model(name: str, arguments: dict[str, Any], *, pretrained_path: Path | None = None, **kwargs: Any) -> Any:
+def build_model(
+    name: str,
+    arguments: dict[str, Any],
+    *,
+    pretrained_path: Path | None = None,
+    flag: str = "--model",
+    **kwargs: Any,
+) -> Any:
     """Create a model; what timm, or the architecture, does not take is refused.
 
     Args:
         name: Any name of `ditac_timm.create_model`.
         arguments: See `model_arguments`.
         pretrained_path: A file to read pretrained weights from, instead of the architecture's own.
+        flag: The flag that gave the name, for what is said of it.
         **kwargs: More arguments of `create_model`, `pretrained` for one.
     """
     if pretrained_path:
@@ -121,14 +131,14 @@ def build_model(name: str, arguments: dict[str, Any], *, pretrained_path: Path |
             refused = str(error).rpartition("argument ")[2]
             if refused == "'ditac'":
                 option = next(iter(as_options({"ditac": arguments["ditac"]})), "--model-kwargs ditac")
-                raise UsageError(f"{option} is about DiTAC, and --model {name} has none: leave it out") from error
-            raise UsageError(f"--model {name} takes no {refused}: see --model-kwargs and --drop-*") from error
+                raise UsageError(f"{option} is about DiTAC, and {flag} {name} has none: leave it out") from error
+            raise UsageError(f"{flag} {name} takes no {refused}: see --model-kwargs and --drop-*") from error
         source = f"--pretrained-path {pretrained_path}" if pretrained_path else "--pretrained"
         if "loading state_dict" in str(error):
-            raise UsageError(f"{source} does not fit --model {name}, its weights are of another model") from error
+            raise UsageError(f"{source} does not fit {flag} {name}, its weights are of another model") from error
         asked = [f"{option} {as_typed(value)}" for option, value in as_options(arguments).items()]
-        asked += [source] if kwargs.get("pretrained") else []
-        raise UsageError(f"{' '.join([f'--model {name}', *asked])} cannot be created: {first_line(error)}") from error
+        asked += [source] if kwargs.get("pretrained") and flag == "--model" else []
+        raise UsageError(f"{' '.join([f'{flag} {name}', *asked])} cannot be created: {first_line(error)}") from error
 
 
 def _with_saved_settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is refused before data or model are touched: timm's flags not supported here, and flags that contradict."""
 
 import argparse
+import importlib
 import math
 import os
 from collections.abc import Callable, Collection
@@ -33,8 +34,6 @@ class Unsupported(NamedTuple):
 
 _NAFLEX = "NaFlex loaders feed patches, which only NaFlex models take"
 _SIZES = "training at scheduled resolutions is not part of this script; give one --img-size"
-_KD = "there is no distillation yet"
-_WANDB = "there is no Weights & Biases logging yet; every epoch is in summary.csv"
 _SCRIPT = "DiTAC's operators are not scriptable; use --torchcompile"
 
 UNSUPPORTED_IN_TRAIN = (
@@ -44,10 +43,6 @@ UNSUPPORTED_IN_TRAIN = (
     Unsupported("--synchronize-step", False, "losses are read at log intervals, and no step waits for the device"),
     Unsupported("--save-images", False, "only checkpoints and the summary are written"),
     Unsupported("--tta", 0, "the loaders make no oversampled views to average"),
-    Unsupported("--log-wandb", False, _WANDB),
-    Unsupported("--wandb-project", None, _WANDB),
-    Unsupported("--wandb-tags", [], _WANDB),
-    Unsupported("--wandb-resume-id", "", _WANDB),
     Unsupported("--train-img-sizes", None, _SIZES),
     Unsupported("--train-batch-sizes", None, _SIZES),
     Unsupported("--train-size-probs", None, _SIZES),
@@ -63,15 +58,6 @@ UNSUPPORTED_IN_TRAIN = (
     Unsupported("--naflex-patch-size-probs", None, _NAFLEX),
     Unsupported("--naflex-loss-scale", "linear", _NAFLEX),
     Unsupported("--naflex-patchify-channels-first", False, _NAFLEX),
-    Unsupported("--kd-model-name", None, _KD),
-    Unsupported("--kd-distill-type", "logit", _KD),
-    Unsupported("--kd-loss-type", "kl", _KD),
-    Unsupported("--distill-loss-weight", None, _KD),
-    Unsupported("--task-loss-weight", None, _KD),
-    Unsupported("--kd-temperature", 4.0, _KD),
-    Unsupported("--kd-student-feature-dim", None, _KD),
-    Unsupported("--kd-teacher-feature-dim", None, _KD),
-    Unsupported("--kd-token-distill-type", "soft", _KD),
 )
 
 UNSUPPORTED_IN_VALIDATE = (
@@ -99,6 +85,18 @@ FORMER_FLAGS: dict[str, tuple[Any, str]] = {
     "num_gpu": (1, "start one process for each GPU with torchrun"),
 }
 
+# The flags that mean nothing without a teacher, and their defaults.
+DISTILLATION_DEFAULTS: dict[str, Any] = {
+    "kd_distill_type": "logit",
+    "kd_loss_type": "kl",
+    "distill_loss_weight": None,
+    "task_loss_weight": None,
+    "kd_temperature": 4.0,
+    "kd_student_feature_dim": None,
+    "kd_teacher_feature_dim": None,
+    "kd_token_distill_type": "soft",
+}
+
 # Checked here and not by argparse, which checks neither choices nor ranges of what a YAML file says.
 _INTERPOLATIONS = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CHOICES: dict[str, Collection[str | None]] = {
@@ -116,6 +114,9 @@ _CHOICES: dict[str, Collection[str | None]] = {
     "results_format": (None, "csv", "json"),
     "ditac_version": (None, *VERSIONS),
     "ditac_init": (None, "match", "identity", "prior"),
+    "kd_distill_type": ("logit", "feature", "token"),
+    "kd_loss_type": ("kl",),
+    "kd_token_distill_type": ("soft", "hard"),
     "sched": ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "plateau", "constant", "none"),
 }
 
@@ -151,6 +152,11 @@ _RULES: dict[str, _Rule] = {
     "in_chans": _COUNT,
     "workers": _NOT_NEGATIVE,
     "crop_pct": _POSITIVE,
+    "kd_student_feature_dim": _COUNT,
+    "kd_teacher_feature_dim": _COUNT,
+    "kd_temperature": _POSITIVE,
+    "distill_loss_weight": _NOT_NEGATIVE,
+    "task_loss_weight": _NOT_NEGATIVE,
     "drop": _SHARE,
     "drop_connect": _SHARE,
     "drop_path": _SHARE,
@@ -195,6 +201,8 @@ def check_train_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--opt {args.opt} is no timm optimizer{suggestion(opt, known)}")
     _check_augmentation(args)
     _check_ditac(args)
+    _check_distillation(args)
+    _check_logging(args)
     if args.sync_bn and not args.device.startswith("cuda"):
         raise UsageError(f"--sync-bn works on CUDA devices only, and --device is {args.device}: leave it out")
     if args.sync_bn and args.split_bn:
@@ -286,6 +294,34 @@ def _check_ditac(args: argparse.Namespace) -> None:
         )
     if args.ditac_lr_scale != 1 and args.sched == "none":
         raise UsageError("--sched none takes no account of --ditac-lr-scale: give --sched constant")
+
+
+def _check_distillation(args: argparse.Namespace) -> None:
+    if args.kd_model_name is None:
+        for name, default in DISTILLATION_DEFAULTS.items():
+            if getattr(args, name) != default:
+                raise UsageError(f"{_flag(name)} needs a teacher: give --kd-model-name")
+    if args.distill_loss_weight is None and (args.task_loss_weight or 0) > 1:
+        raise UsageError(
+            f"--task-loss-weight {args.task_loss_weight} leaves distillation one minus it, which is below 0: "
+            "give --distill-loss-weight too"
+        )
+
+
+def _check_logging(args: argparse.Namespace) -> None:
+    if args.wandb_resume_id and not args.log_wandb:
+        raise UsageError("--wandb-resume-id needs --log-wandb")
+    if args.wandb_resume_id and not args.resume:
+        raise UsageError("--wandb-resume-id continues a run of Weights & Biases: give --resume too")
+    for asked, flag, module in (
+        (args.log_wandb, "--log-wandb", "wandb"),
+        (args.log_tensorboard, "--log-tensorboard", "tensorboard"),
+    ):
+        try:
+            if asked:
+                importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(f"{flag} needs {module}, which is not installed: pip install {module}") from error
 
 
 def mixup_is_on(args: argparse.Namespace) -> bool:

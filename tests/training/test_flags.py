@@ -34,7 +34,7 @@ def test_a_runs_flags_are_a_recipe(tmp_path: Path) -> None:
         ("modle: resnet18", "unknown flag 'modle' (did you mean model"),
         ("batch-size: 3", "did you mean batch_size"),
         ("epochs: ten", "--epochs"),
-        ("kd_model_name: resnet50", "--kd-model-name is not supported"),
+        ("save_images: true", "--save-images is not supported"),
         ("- model", "name: value"),
         ("model: [", "is not YAML"),
         ("model: 5", "model must be text, not 5"),

@@ -256,7 +256,6 @@ def test_resume_refuses_another_model(
         ("--drop-path 0.1 --drop-connect 0.1", "--drop-connect"),
         ("--resume /no/such/file", "--resume /no/such/file does not exist"),
         ("--torchscript", "--torchscript is not supported: "),
-        ("--kd-model-name resnet50", "--kd-model-name is not supported: "),
         ("--naflex-train-seq-lens 128", "--naflex-train-seq-lens is not supported: "),
         ("--mean 0.5 0.5", "--mean"),
         ("--device nonsense", "--device"),
