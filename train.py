@@ -180,6 +180,8 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
         def after_update(updates: int, losses: LossMeter, epoch: int = epoch) -> None:
             if interruption.agreed():
                 leave(epoch, updates, losses)
+            if updates % args.log_interval == 0:
+                data.check_images(train_loader, args, training=True, report=False)
             if args.recovery_interval and updates % args.recovery_interval == 0 and updates < updates_per_epoch:
                 save_within(epoch, updates, losses)
 
@@ -199,6 +201,7 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
             after_update=after_update,
         )
         first_update, past_losses = 0, None
+        data.check_images(train_loader, args, training=True)
         share_batch_norm(task, args)
         if (epoch + 1) % args.val_interval and epoch + 1 != epochs:
             if scheduler is not None:
@@ -206,6 +209,8 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
             continue
         with activations.observed(eval_loader):
             eval_metrics = evaluate_task(task, eval_loader, args, precision, epoch) if eval_loader is not None else None
+        if eval_loader is not None:
+            data.check_images(eval_loader, args, training=False)
         metrics = eval_metrics or train_metrics
         metric, lr = metrics[best_metric_name(args)], mean_lr(optimizer)
         if scheduler is not None:

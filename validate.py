@@ -86,6 +86,7 @@ def _evaluate(args: argparse.Namespace, file: Path | None, device: torch.device)
 
     loader = data.create_eval_loader(args, dataset, config, precision, args.batch_size)
     metrics = evaluate(model, loader, args, precision, log_interval=args.log_freq)
+    data.check_images(loader, args, training=False)
     return {
         "model": name,
         **({"checkpoint": str(file), "epoch": checkpoint.get("epoch")} if file else {}),

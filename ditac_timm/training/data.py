@@ -3,17 +3,28 @@
 import argparse
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, resolve_input_data_config
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    ImageDataset,
+    Mixup,
+    create_dataset,
+    create_loader,
+    resolve_input_data_config,
+)
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import fast_collate
 from torch import nn
-from torch.utils.data import DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset, default_collate
 
 from ditac_timm.training.device import Precision
-from ditac_timm.training.errors import UsageError, first_line
+from ditac_timm.training.errors import RunError, UsageError, first_line
+from ditac_timm.training.images import CheckedImageDataset, bad_images, without_missing
 from ditac_timm.training.randomness import EpochSampler, SeededDataset, SeededErasing
 from ditac_timm.training.refusals import mixup_is_on
 
@@ -115,6 +126,8 @@ def create_split(
         raise UsageError(f"{flag} {split} of {args.dataset or args.data_dir}: {error}") from error
     if not args.class_map:
         _check_empty_classes(dataset, flag)
+    if type(dataset) is ImageDataset:
+        dataset = CheckedImageDataset(dataset, skip=args.skip_bad_images and not is_training)
     return dataset
 
 
@@ -154,12 +167,16 @@ def create_eval_loader(
     args: argparse.Namespace, dataset: Any, config: dict[str, Any], precision: Precision, batch_size: int
 ) -> Any:
     """Create the loader of an evaluation split: the same images, prepared the same way, in training and validation."""
+    collate = None
+    if args.skip_bad_images:
+        collate = partial(without_missing, collate=default_collate if args.no_prefetcher else fast_collate)
     return create_loader(
         dataset,
         **config,
         crop_border_pixels=getattr(args, "crop_border_pixels", None),
         is_training=False,
         batch_size=batch_size,
+        collate_fn=collate,
         **_shared_loader_args(args, precision),
     )
 
@@ -174,6 +191,33 @@ def set_epoch(loader: Any, epoch: int, first_batch: int = 0) -> None:
     for part in (getattr(loader.batch_sampler, "sampler", None), getattr(loader, "random_erasing", None)):
         if isinstance(part, EpochSampler | SeededErasing):
             part.set_epoch(epoch, first_batch)
+
+
+def check_images(loader: Any, args: argparse.Namespace, *, training: bool, report: bool = True) -> None:
+    """Report the images that did not decode so far, in this process' share of a split.
+
+    Args:
+        loader: Of that split.
+        args: --max-bad-images and --skip-bad-images say what is let pass.
+        training: Whether others stood in for them.
+        report: Whether to say which, if they are let pass.
+
+    Raises:
+        RunError: In training, if they are more than --max-bad-images; else, if there are any and they are not skipped.
+    """
+    bad = bad_images(loader)
+    if not bad:
+        return
+    name, reason = next(iter(bad.items()))
+    which = f"{len(bad)} images do not decode, the first is {name} ({reason})"
+    if training and len(bad) > args.max_bad_images:
+        raise RunError(f"{which}: more than --max-bad-images {args.max_bad_images}, mend or remove them")
+    if not training and not args.skip_bad_images:
+        raise RunError(f"{which}: mend or remove them, or leave them out with --skip-bad-images")
+    if report:
+        _logger.warning(f"{len(bad)} images do not decode, and others stood in for them or they were left out:")
+        for name, reason in bad.items():
+            _logger.warning(f"  {name}: {reason}")
 
 
 def is_iterable(loader: Any) -> bool:

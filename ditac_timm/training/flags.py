@@ -176,6 +176,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--target-key", metavar="KEY", help="the dataset's key for labels")
     add("-j", "--workers", type=int, default=4, metavar="N", help="processes that load data")
     add("--pin-mem", action="store_true", help="pin host memory, for faster copies to a GPU")
+    add("--skip-bad-images", action="store_true", help="leave images that do not decode out of validation")
     add("--no-prefetcher", action="store_true", help="normalise on the CPU, without the prefetching loader")
 
 
@@ -189,6 +190,7 @@ def _add_train_data_flags(parser: argparse.ArgumentParser) -> None:
     add("-vb", "--validation-batch-size", type=int, metavar="N", help="images a validation batch; --batch-size if not")
     add("--epoch-repeats", type=float, default=0.0, metavar="N", help="passes over an iterable dataset an epoch")
     add("--use-multi-epochs-loader", action="store_true", help="workers live on between epochs, as always here")
+    add("--max-bad-images", type=int, default=10, metavar="N", help="images that may not decode, in each process")
     add("--worker-seeding", default="all", metavar="MODE", help="all or part")
 
 

@@ -147,6 +147,7 @@ _RULES: dict[str, _Rule] = {
     "checkpoint_hist": _COUNT,
     "recovery_interval": _NOT_NEGATIVE,
     "nan_patience": _NOT_NEGATIVE,
+    "max_bad_images": _NOT_NEGATIVE,
     "num_classes": _COUNT,
     "img_size": _COUNT,
     "in_chans": _COUNT,
@@ -242,6 +243,8 @@ def _check_each(args: argparse.Namespace) -> None:
     if args.amp and args.model_dtype not in (None, "", "float32"):
         raise UsageError(f"--amp keeps float32 weights: leave --model-dtype {args.model_dtype} out")
     _check_compilation(args)
+    if args.skip_bad_images and is_distributed_env():
+        raise UsageError("--skip-bad-images would miscount in several processes: validate in one")
     if not args.dataset and not args.data_dir:
         raise UsageError("--data-dir is missing: give the folder that holds the images")
 
