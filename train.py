@@ -46,7 +46,7 @@ from ditac_timm.training import data, distillation
 from ditac_timm.training import model as models
 from ditac_timm.training.activations import ActivationStatistics
 from ditac_timm.training.device import Precision, init_device, resolve_device
-from ditac_timm.training.errors import Interrupted, RunError, UsageError, run_script
+from ditac_timm.training.errors import Interrupted, RunError, UsageError, first_line, run_script
 from ditac_timm.training.flags import parse_train_flags
 from ditac_timm.training.interruption import Interruption, ignore_in_workers
 from ditac_timm.training.loop import LossMeter, evaluate_task, mean_lr, share_batch_norm, train_one_epoch
@@ -94,6 +94,11 @@ def train(args: argparse.Namespace) -> None:
     except RuntimeError as error:
         if args.distributed and re.search("Connection (closed|reset) by peer", str(error)):
             raise RunError("another process of the run has ended: what it said, or torchrun, tells why") from error
+        if "DataLoader worker" in str(error):
+            raise RunError(
+                f"a process that loads data has ended ({first_line(error)}): out of memory? Give fewer --workers; "
+                "--resume goes on from the newest checkpoint"
+            ) from error
         raise
     finally:
         if args.distributed:

@@ -21,11 +21,15 @@ def test_loss_meter() -> None:
     meter = LossMeter(CPU, distributed=False)
     for loss, samples in ((1.0, 2), (4.0, 1), (math.nan, 5)):
         meter.update(torch.tensor(loss), samples)
-    latest, mean, not_finite, read = meter.read()
-    assert math.isnan(latest)
-    assert (mean, not_finite, read) == (2.0, 1, 3)
-    meter.update(torch.tensor(2.0), 3)
-    assert meter.read() == (2.0, 2.0, 0, 1)
+    counted = meter.read()
+    assert math.isnan(counted.latest)
+    assert counted[1:] == (2.0, 1, 1, 3)
+    resumed = LossMeter(CPU, distributed=False)
+    resumed.restore(meter.state())
+    for each in (meter, resumed):  # the row of losses that are not finite goes on over a read
+        each.update(torch.tensor(math.inf), 3)
+        each.update(torch.tensor(2.0), 3)
+        assert each.read() == (2.0, 2.0, 1, 2, 2)
 
 
 def _args(**values: object) -> argparse.Namespace:
@@ -37,6 +41,9 @@ def _args(**values: object) -> argparse.Namespace:
         "log_interval": 4,
         "clip_grad": None,
         "clip_mode": "norm",
+        "nan_patience": 0,
+        "seed": 0,
+        "rank": 0,
     }
     return argparse.Namespace(**(defaults | values))
 
@@ -57,6 +64,17 @@ def _train(scales: list[float], scaler: NativeScaler | None, **values: object) -
 def test_one_loss_that_is_not_finite_stops_the_run() -> None:
     with pytest.raises(RunError, match="not finite in 3 of the last 4 batches up to update 5"):
         _train([1, 1, math.inf, 1, 1, 1], scaler=None)  # the weights are lost with it
+
+
+@pytest.mark.parametrize("poisoned", ["weight", "images"])
+def test_it_says_where_and_only_after_patience(poisoned: str) -> None:
+    if poisoned == "weight":  # an infinite image spoils the weights
+        with pytest.raises(RunError, match="parameters that are not finite: weight, bias"):
+            _train([1, math.inf, 1, 1, 1, 1], scaler=None, nan_patience=3)
+        assert math.isfinite(_train([1, math.inf, 1, 1], scaler=None, nan_patience=3))
+    else:
+        with pytest.raises(RunError, match="layers whose outputs are not finite, in order: "):
+            _train([math.inf], scaler=NativeScaler(device="cpu"))  # which skips the step
 
 
 def test_the_scaler_may_skip_steps_but_not_all() -> None:

@@ -1,6 +1,7 @@
 """`train.py`: what a run leaves behind, what it refuses, and that it can be continued and repeated."""
 
 import csv
+import multiprocessing
 import os
 import shlex
 import signal
@@ -14,6 +15,8 @@ import timm
 import torch
 import yaml
 from script_runs import ROOT
+
+from ditac_timm.training.loop import LossMeter
 
 SMALL = shlex.split("-b 24 -j 0 --img-size 32 --num-classes 10 --warmup-epochs 0 --lr 0.01 --log-interval 2")
 
@@ -347,6 +350,20 @@ def test_interrupt_is_no_traceback(digits: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 75
     assert "SIGINT after update" in rest
     assert "Traceback" not in rest
+
+
+def test_a_killed_worker_is_reported(train, digits, tmp_path, capsys, monkeypatch):
+    update = LossMeter.update
+
+    def kill(*arguments):
+        for child in multiprocessing.active_children():
+            child.kill()
+        update(*arguments)
+
+    monkeypatch.setattr(LossMeter, "update", kill)
+    assert run(train, digits, tmp_path, "-j", "1", epochs=3)[0] == 1
+    assert "a process that loads data has ended" in (sentence := refusal(capsys))
+    assert "fewer --workers" in sentence
 
 
 def test_two_processes_evaluate_every_image_once(train: ModuleType, digits: Path, tmp_path: Path) -> None:
