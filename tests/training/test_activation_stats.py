@@ -79,7 +79,7 @@ def test_a_line_for_every_epoch_and_layer(digits: Path, finished: Path) -> None:
 
 def test_inside_is_the_share_of_validations_inputs(train: ModuleType, digits: Path, finished: Path) -> None:
     args = train.parse_train_flags(arguments(digits, finished.parent))
-    args.device, args.distributed, args.world_size = "cpu", False, 1
+    args.device, args.distributed, args.world_size, args.rank = "cpu", False, 1, 0
     model = ditac_timm.create_model("test_resnet_ditac", num_classes=10, checkpoint_path=finished / "last.pth.tar")
     precision = train.Precision(torch.device("cpu"), None, None)
     _, loader, _ = train.data.create_loaders(args, train.data.resolve_data_config(args, model), precision, 10)

@@ -222,7 +222,7 @@ def test_optimizer_state_resumes_at_the_same_scale_only() -> None:
     optimizer.step()
     checkpoint = {"optimizer": optimizer.state_dict(), "epoch": 4, "args": vars(args)}
     again = create_optimizer(args, model)
-    assert checkpoints.restore_training_state(checkpoint, args, again, None, None) == 5
+    assert checkpoints.restore_training_state(checkpoint, args, again, None, None) == (5, 0)
     theta = layers(model)[0].theta
     assert torch.equal(again.state[theta]["exp_avg"], optimizer.state[theta]["exp_avg"])
     args.ditac_lr_scale = 0.5
@@ -265,6 +265,7 @@ def update_gradients(task: ClassificationTask, weight: float, accumulate: int, s
     model = task.get_trainable_module()
     assert model is not None
     args = parse_train_flags(["--grad-accum-steps", str(accumulate)])
+    args.rank = 0
     args.distributed, args.world_size = False, 1
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     seen: list[list[torch.Tensor]] = []
