@@ -440,34 +440,31 @@ INLINE Real load_four(const std::vector<double>& from, int64_t index) {
   return values;
 }
 
-template <typename A>
-INLINE void store_some(A* to, Real values, int64_t count) {
-  const ditac::Vec<A, kLanes> narrowed = __builtin_convertvector(values, ditac::Vec<A, kLanes>);
+INLINE void store_some(double* to, Real values, int64_t count) {
   if (count == kLanes) {
-    std::memcpy(to, &narrowed, sizeof(narrowed));
+    std::memcpy(to, &values, sizeof(values));
   } else {
-    std::memcpy(to, &narrowed, count * sizeof(A));
+    std::memcpy(to, &values, count * sizeof(double));
   }
 }
 
-template <typename A>
-INLINE Real load_some(const A* from, int64_t count) {  // zeros beyond them
-  ditac::Vec<A, kLanes> values = {};
+INLINE Real load_some(const double* from, int64_t count) {  // zeros beyond them
+  Real values = {};
   if (count == kLanes) {
     std::memcpy(&values, from, sizeof(values));
   } else {
-    std::memcpy(&values, from, count * sizeof(A));
+    std::memcpy(&values, from, count * sizeof(double));
   }
-  return __builtin_convertvector(values, Real);
+  return values;
 }
 
-template <typename A>
-void tabulate_into(const Field& field, const Settings& settings, A* out) {
+// In float64, of which a float32 table is a copy: half as much to compile.
+void tabulate_into(const Field& field, const Settings& settings, double* out) {
   const auto& [version, a, b, bins] = settings;
   const Layout at(version, a, b, bins);
   const auto fixed = fixed_nodes(settings);
   const bool times_cdf = version == "ditac";
-  A *values = out + at.left + 1, *slopes = values + at.nodes;
+  double *values = out + at.left + 1, *slopes = values + at.nodes;
   divide_nodes(settings, field.cells, [&](int64_t, int64_t cell, int64_t node, int64_t count, Real x) INLINE_LAMBDA {
     const Trajectory flow(field, cell, x);
     Real value = flow.y, slope = flow.slope;
@@ -480,25 +477,21 @@ void tabulate_into(const Field& field, const Settings& settings, A* out) {
     store_some(slopes + node, ditac::at_most(slope, kLargest), count);
   });
   for (int row = 0; row < 2; ++row) {
-    A *middle = row ? slopes : values, *left = middle - at.left - 1, *right = middle + bins + 1;
+    double *middle = row ? slopes : values, *left = middle - at.left - 1, *right = middle + bins + 1;
     if (version == "inf") {
       left[0] = middle[0], right[0] = middle[bins];
     } else {
-      for (int64_t i = 0; i <= at.left; ++i) left[i] = static_cast<A>(fixed->left[row][i]);
-      for (int64_t i = 0; i <= at.right; ++i) right[i] = static_cast<A>(fixed->right[row][i]);
+      std::copy(fixed->left[row].begin(), fixed->left[row].end(), left);
+      std::copy(fixed->right[row].begin(), fixed->right[row].end(), right);
     }
   }
 }
 
 Tensor make_table(const Field& field, const Settings& settings, const at::TensorOptions& options) {
   const auto& [version, a, b, bins] = settings;
-  Tensor table = at::empty({2, Layout(version, a, b, bins).nodes}, options);
-  if (table.scalar_type() == at::kDouble) {
-    tabulate_into(field, settings, table.mutable_data_ptr<double>());
-  } else {
-    tabulate_into(field, settings, table.mutable_data_ptr<float>());
-  }
-  return table;
+  Tensor table = at::empty({2, Layout(version, a, b, bins).nodes}, options.dtype(at::kDouble));
+  tabulate_into(field, settings, table.mutable_data_ptr<double>());
+  return table.to(options.dtype().toScalarType());
 }
 
 Field field_of(const Tensor& velocities, Domain domain) {
@@ -515,13 +508,12 @@ Tensor tabulate(const Tensor& velocities, std::string_view version, Domain domai
   return make_table(field_of(velocities, domain), settings_of(version, domain, bins), velocities.options());
 }
 
-template <typename A>
-std::vector<double> tabulate_gradient(const A* grad, const Field& field, const Settings& settings) {
+std::vector<double> tabulate_gradient(const double* grad, const Field& field, const Settings& settings) {
   const auto& [version, a, b, bins] = settings;
   const Layout at(version, a, b, bins);
   const auto fixed = fixed_nodes(settings);
   const bool times_cdf = version == "ditac", own_ends = version == "inf";
-  const A *by_value = grad + at.left + 1, *by_slope = by_value + at.nodes;
+  const double *by_value = grad + at.left + 1, *by_slope = by_value + at.nodes;
   std::vector<FieldGradient> sums(at::get_num_threads(), FieldGradient(field.cells));
   const int64_t last = bins;
   const int64_t tasks =
@@ -547,10 +539,8 @@ Tensor tabulate_backward(
     const Tensor& grad, const Tensor& velocities, std::string_view version, Domain domain, int64_t bins) {
   const Settings settings = settings_of(version, domain, bins);
   const Field field = field_of(velocities, domain);
-  const Tensor given = grad.contiguous();
-  const auto total = given.scalar_type() == at::kDouble
-      ? tabulate_gradient(given.const_data_ptr<double>(), field, settings)
-      : tabulate_gradient(given.const_data_ptr<float>(), field, settings);
+  const Tensor given = grad.to(at::kDouble).contiguous();
+  const auto total = tabulate_gradient(given.const_data_ptr<double>(), field, settings);
   Tensor out = at::empty({field.cells + 1}, velocities.options().dtype(at::kDouble));
   std::copy(total.begin(), total.end(), out.mutable_data_ptr<double>());
   return out.to(velocities.scalar_type());
