@@ -167,10 +167,12 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
 
     def leave(epoch: int, updates: int, losses: LossMeter) -> NoReturn:
         """Save, where the data can go on from here, and end the run."""
-        if not data.is_iterable(train_loader):
+        within = not data.is_iterable(train_loader)
+        if within:
             save_within(epoch, updates, losses)
         asked = interruption.signal.name if interruption.signal else "a signal to another process"
-        raise Interrupted(f"{asked} after update {updates} of epoch {epoch}: --resume {folder} goes on from there")
+        where = "there" if within else "the last epoch's end, for iterable data cannot go on within one"
+        raise Interrupted(f"{asked} after update {updates} of epoch {epoch}: --resume {folder} goes on from {where}")
 
     results: list[dict[str, Any]] = []
     for epoch in range(start_epoch, epochs):

@@ -336,6 +336,14 @@ def test_activate_is_the_chain_of_operators_bit_for_bit(version, dtype, theta_dt
         assert ours.dtype == expected.dtype and torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("shape", [(8,), (2, 9), ()])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_activate_refuses_another_theta(shape, gradient):
+    theta = torch.zeros(shape, requires_grad=gradient)
+    with pytest.raises(ValueError, match=r"theta must have the shape \(9,\)"):
+        ops.activate(torch.zeros(3), theta, cpab.Tessellation(), "ditac", 640)
+
+
 def test_activate_is_one_node():
     tessellation, x = cpab.Tessellation(), points(10, dtype=torch.float32).requires_grad_()
     theta = torch.zeros(9, requires_grad=True)

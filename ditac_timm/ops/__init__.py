@@ -197,8 +197,11 @@ def activate(x: Tensor, theta: Tensor, tessellation: cpab.Tessellation, version:
         As `lookup`.
 
     Raises:
+        ValueError: theta has another shape.
         TypeError, ValueError, NotImplementedError: As `lookup` and `tabulate`.
     """
+    if theta.shape != (tessellation.dim,):
+        raise ValueError(f"theta must have the shape ({tessellation.dim},), but has {tuple(theta.shape)}.")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     settings = version, tessellation.domain, bins
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad)

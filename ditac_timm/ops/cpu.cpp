@@ -2,9 +2,9 @@
 //
 // A lookup is one 8-byte load of (intercept, slope) and one multiply-add an element. The lines lie in the first-level
 // cache. Eight scalar loads beat a gather instruction (0.43 against 0.97 ns an element on Zen 3), so vectors are taken
-// apart for them and put together again. The vectors are the compiler's (GCC and Clang on any processor), eight lanes
-// everywhere, and the last few elements go through the same code in a padded buffer: no result depends on where an
-// element lies.
+// apart for them and put together again. The vectors are the compiler's (GCC and Clang on any processor), in a lookup
+// eight lanes everywhere, and the last few elements go through the same code in a padded buffer: no result depends on
+// where an element lies.
 //
 // The gradient of the table is a histogram of g and g * (position within the bin), in float64, one for each thread,
 // added up in the order of threads: equal runs with as many threads give equal bits.

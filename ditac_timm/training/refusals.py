@@ -152,6 +152,7 @@ _RULES: dict[str, _Rule] = {
     "img_size": _COUNT,
     "in_chans": _COUNT,
     "workers": _NOT_NEGATIVE,
+    "seed": _NOT_NEGATIVE,
     "crop_pct": _POSITIVE,
     "kd_student_feature_dim": _COUNT,
     "kd_teacher_feature_dim": _COUNT,

@@ -2,16 +2,14 @@
 
 import csv
 import logging
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from script_runs import ROOT
+from script_runs import run_two_processes
 from torch import nn
 
 import ditac_timm
@@ -78,9 +76,14 @@ def test_a_line_for_every_epoch_and_layer(digits: Path, finished: Path) -> None:
 
 
 def test_inside_is_the_share_of_validations_inputs(train: ModuleType, digits: Path, finished: Path) -> None:
-    args = train.parse_train_flags(arguments(digits, finished.parent))
+    assert_inside_is_right(train, digits, finished)
+
+
+def assert_inside_is_right(train: ModuleType, digits: Path, run: Path) -> None:
+    """Against all inputs that the run's last model gets from the validation split."""
+    args = train.parse_train_flags(arguments(digits, run.parent))
     args.device, args.distributed, args.world_size, args.rank = "cpu", False, 1, 0
-    model = ditac_timm.create_model("test_resnet_ditac", num_classes=10, checkpoint_path=finished / "last.pth.tar")
+    model = ditac_timm.create_model("test_resnet_ditac", num_classes=10, checkpoint_path=run / "last.pth.tar")
     precision = train.Precision(torch.device("cpu"), None, None)
     _, loader, _ = train.data.create_loaders(args, train.data.resolve_data_config(args, model), precision, 10)
     seen: dict[str, list[torch.Tensor]] = {}
@@ -90,7 +93,7 @@ def test_inside_is_the_share_of_validations_inputs(train: ModuleType, digits: Pa
     with torch.no_grad():
         for images, _ in loader:
             model.eval()(images)
-    last = {row["layer"]: float(row["inside"]) for row in table(finished)}  # the last epoch's
+    last = {row["layer"]: float(row["inside"]) for row in table(run)}  # the last epoch's
     for name, inputs in seen.items():
         x = torch.cat(inputs)
         a, b = model.get_submodule(name).domain  # type: ignore[union-attr,misc]
@@ -188,19 +191,11 @@ def test_a_resumed_run_writes_no_epoch_twice(train: ModuleType, digits: Path, tm
     assert "act" not in {row["layer"] for row in rows}
 
 
-def test_two_processes_sum_their_inputs(digits: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "train.py"), *arguments(digits, tmp_path, "--device", "cpu")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_sum_their_inputs(train: ModuleType, digits: Path, tmp_path: Path) -> None:
+    run_two_processes(*arguments(digits, tmp_path, "--device", "cpu"))
     rows = table(tmp_path / "run")
     assert len({row["layer"] for row in rows}) == len(rows)
+    assert_inside_is_right(train, digits, tmp_path / "run")
     assert (tmp_path / "run" / "activations.png").exists()
 
 

@@ -1,16 +1,13 @@
 """Distillation: what the student learns, what a checkpoint holds of the teacher (nothing), and what is refused."""
 
 import csv
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from script_runs import ROOT
+from script_runs import run_two_processes
 from timm.models import save_for_hf
 from torch import nn
 
@@ -135,16 +132,7 @@ def test_two_processes(digits: Path, tmp_path: Path, teacher: str) -> None:
         "--device",
         "cpu",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "train.py"), *argv, "--grad-accum-steps", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_two_processes(*argv, "--grad-accum-steps", "2")
     assert not any("." in name for name in load(tmp_path / "two")["task_state"]["projection"])
 
 

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from script_runs import ROOT
+from script_runs import ROOT, run_two_processes
 
 from ditac_timm.training.loop import LossMeter
 
@@ -384,22 +384,12 @@ def test_two_processes_evaluate_every_image_once(train: ModuleType, digits: Path
         "--device",
         "cpu",
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *argv],
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    log = run_two_processes(*argv)
     checkpoint = load(tmp_path / "two" / "last.pth.tar")
     assert not any(name.startswith("module.") for name in checkpoint["state_dict"])
     top1 = float(summary(tmp_path / "two")[0]["eval_top1"])
     assert top1 * 50 / 100 == pytest.approx(round(top1 * 50 / 100))
-    assert done.stderr.count("Train: 0 [   0/") == 1  # one process logs
+    assert log.count("Train: 0 [   0/") == 1  # one process logs
 
 
 def test_a_base_models_checkpoint_starts_its_ditac_model(train, digits, tmp_path):
