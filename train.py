@@ -31,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -46,11 +46,9 @@ from ditac_timm.training import data, distillation
 from ditac_timm.training import model as models
 from ditac_timm.training.activations import ActivationStatistics
 from ditac_timm.training.device import Precision, init_device, resolve_device
-from ditac_timm.training.errors import Interrupted, RunError, UsageError, first_line, run_script
+from ditac_timm.training.errors import RunError, UsageError, run_script
 from ditac_timm.training.flags import parse_train_flags
 from ditac_timm.training.interruption import Interruption, ignore_in_workers
-from ditac_timm.training.loop import LossMeter, evaluate_task, mean_lr, share_batch_norm, train_one_epoch
-from ditac_timm.training.randomness import seed_all
 from ditac_timm.training.recipe import (
     best_metric_name,
     create_loss,
@@ -58,8 +56,9 @@ from ditac_timm.training.recipe import (
     create_scheduler,
     metric_decreases,
 )
-from ditac_timm.training.refusals import check_train_flags, mixup_is_on
+from ditac_timm.training.refusals import check_train_flags
 from ditac_timm.training.regularisation import smoothness_term
+from ditac_timm.training.run import Run
 from ditac_timm.training.watch import Watch
 
 _logger = logging.getLogger("train")
@@ -94,11 +93,6 @@ def train(args: argparse.Namespace) -> None:
     except RuntimeError as error:
         if args.distributed and re.search("Connection (closed|reset) by peer", str(error)):
             raise RunError("another process of the run has ended: what it said, or torchrun, tells why") from error
-        if "DataLoader worker" in str(error):
-            raise RunError(
-                f"a process that loads data has ended ({first_line(error)}): out of memory? Give fewer --workers; "
-                "--resume goes on from the newest checkpoint"
-            ) from error
         raise
     finally:
         if args.distributed:
@@ -106,6 +100,29 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, interruption: Interruption) -> None:
+    run = build_run(args, flags, precision, interruption)
+    _logger.info(f"Training from epoch {run.start_epoch} up to {run.epochs}, checkpoints in {run.folder}.")
+    results = run.train()
+    if run.saver is not None:
+        name = best_metric_name(args)
+        _logger.info(f"*** Best {name}: {run.saver.best_metric} (epoch {run.saver.best_epoch})")
+        ranked = sorted(
+            results,
+            key=lambda result: result.get("validation", result["train"])[name],
+            reverse=not metric_decreases(args),
+        )
+        print(f"--result\n{json.dumps(ranked[:10], indent=4)}")
+
+
+def build_run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, interruption: Interruption) -> Run:
+    """Build all that takes part in training, in the state of the checkpoint that --resume finds.
+
+    Args:
+        args: The flags.
+        flags: As given, to be written to args.yaml.
+        precision: Device and dtypes.
+        interruption: Whether a signal asks to stop.
+    """
     found = checkpoints.newest_checkpoint(args.resume, "--resume") if args.resume else None
     resume_file, resumed = found or (None, {})
     if args.resume:
@@ -117,6 +134,8 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
     teacher = distillation.create_teacher(args, model, config, precision)
     num_classes = model.num_classes
     train_loader, eval_loader, mixup = data.create_loaders(args, config, precision, num_classes)
+    if args.recovery_interval and data.is_iterable(train_loader):
+        raise UsageError("--recovery-interval: iterable data resumes at the ends of epochs only, leave it out")
     for loader in (train_loader, eval_loader):
         if loader is not None:
             ignore_in_workers(loader)
@@ -124,10 +143,10 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
     model = models.place(model, args, precision)
     if resumed:  # only now, because --split-bn adds layers
         checkpoints.load_weights(model, resumed["state_dict"], f"--resume {args.resume}")
+    regulariser = smoothness_term(model, args.ditac_reg)
     task = create_task(args, model, precision, resumed, teacher)
     # Of the task's own module, which may train more than the model; bare, because parameters are grouped by name.
     optimizer = create_optimizer(args, utils.unwrap_model(task.get_trainable_module()))
-    regulariser = smoothness_term(model, args.ditac_reg)
     loss_scaler = precision.loss_scaler()
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, epochs = create_scheduler(args, optimizer, updates_per_epoch)
@@ -138,110 +157,45 @@ def _run(args: argparse.Namespace, flags: dict[str, Any], precision: Precision, 
     if scheduler is not None and (start_epoch > 0 or first_update > 0):
         scheduler.step(start_epoch)
         scheduler.step_update(start_epoch * updates_per_epoch + first_update)
-    if args.recovery_interval and data.is_iterable(train_loader):
-        raise UsageError("--recovery-interval: iterable data resumes at the ends of epochs only, leave it out")
 
     folder = run_folder(args, config, resume_file)
-    saver = None
-    if utils.is_primary(args):
-        with checkpoints.reported_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            flags_text = yaml.safe_dump(flags, default_flow_style=False)
-            checkpoints.write_atomically(folder / "args.yaml", lambda file: file.write(flags_text.encode()))
-            utils.trim_summary(folder / "summary.csv", start_epoch)
-        saver = checkpoints.CheckpointSaver(folder, decreasing=metric_decreases(args), max_history=args.checkpoint_hist)
-        if resume_file is not None and resume_file.parent.resolve() == folder.resolve():
-            saver.restore(resumed)
-    activations = ActivationStatistics(task, args, precision, folder, start_epoch)
-    watch = Watch(args, flags, folder, start_epoch)
-    constants = {**rebuild, "num_classes": num_classes, "data_config": config, "args": flags, "version": 2}
-    _logger.info(f"Training from epoch {start_epoch} up to {epochs}, checkpoints in {folder}.")
+    saver = create_saver(args, flags, folder, start_epoch) if utils.is_primary(args) else None
+    if saver is not None and resume_file is not None and resume_file.parent.resolve() == folder.resolve():
+        saver.restore(resumed)
+    return Run(
+        args=args,
+        precision=precision,
+        task=task,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        mixup=mixup,
+        regulariser=regulariser,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss_scaler=loss_scaler,
+        epochs=epochs,
+        start_epoch=start_epoch,
+        first_update=first_update,
+        past_losses=past_losses,
+        folder=folder,
+        saver=saver,
+        constants={**rebuild, "num_classes": num_classes, "data_config": config, "args": flags, "version": 2},
+        activations=ActivationStatistics(task, args, precision, folder, start_epoch),
+        watch=Watch(args, flags, folder, start_epoch),
+        interruption=interruption,
+    )
 
-    def state() -> dict[str, Any]:
-        return {**constants, **checkpoints.training_state(task, optimizer, scheduler, loss_scaler)}
 
-    def save_within(epoch: int, updates: int, losses: LossMeter) -> None:
-        ranks = checkpoints.state_within_epoch(task, args, losses.state())
-        if saver is not None:
-            saver.save_within({**state(), **ranks}, epoch, updates)
-
-    def leave(epoch: int, updates: int, losses: LossMeter) -> NoReturn:
-        """Save, where the data can go on from here, and end the run."""
-        within = not data.is_iterable(train_loader)
-        if within:
-            save_within(epoch, updates, losses)
-        asked = interruption.signal.name if interruption.signal else "a signal to another process"
-        where = "there" if within else "the last epoch's end, for iterable data cannot go on within one"
-        raise Interrupted(f"{asked} after update {updates} of epoch {epoch}: --resume {folder} goes on from {where}")
-
-    results: list[dict[str, Any]] = []
-    for epoch in range(start_epoch, epochs):
-        data.set_epoch(train_loader, epoch, first_update * args.grad_accum_steps)
-        seed_all(args.seed, args.rank, epoch, device=precision.device)  # for the seeds of the loader's processes
-        if mixup_is_on(args) and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-            (mixup or train_loader).mixup_enabled = False
-        losses = LossMeter(precision.device, args.distributed)
-        if past_losses is not None:
-            losses.restore(past_losses)
-
-        def after_update(updates: int, losses: LossMeter, epoch: int = epoch) -> None:
-            if interruption.agreed():
-                leave(epoch, updates, losses)
-            if updates % args.log_interval == 0:
-                data.check_images(train_loader, args, training=True, report=False)
-            if args.recovery_interval and updates % args.recovery_interval == 0 and updates < updates_per_epoch:
-                save_within(epoch, updates, losses)
-
-        train_metrics = train_one_epoch(
-            task,
-            train_loader,
-            optimizer,
-            epoch,
-            args,
-            precision,
-            loss_scaler=loss_scaler,
-            scheduler=scheduler,
-            mixup=mixup,
-            regulariser=regulariser,
-            first_update=first_update,
-            losses=losses,
-            after_update=after_update,
-        )
-        first_update, past_losses = 0, None
-        data.check_images(train_loader, args, training=True)
-        share_batch_norm(task, args)
-        if (epoch + 1) % args.val_interval and epoch + 1 != epochs:
-            if scheduler is not None:
-                scheduler.step(epoch + 1)
-            continue
-        with activations.observed(eval_loader):
-            eval_metrics = evaluate_task(task, eval_loader, args, precision, epoch) if eval_loader is not None else None
-        if eval_loader is not None:
-            data.check_images(eval_loader, args, training=False)
-        metrics = eval_metrics or train_metrics
-        metric, lr = metrics[best_metric_name(args)], mean_lr(optimizer)
-        if scheduler is not None:
-            scheduler.step(epoch + 1, metric)
-        with checkpoints.reported_write_errors(folder):
-            learned = activations.record(epoch, last=epoch + 1 == epochs)
-        watch.log(epoch, train_metrics, eval_metrics, lr, learned)
-        if saver is not None:
-            # The line first: a run that is killed in between resumes before it, and writes it again.
-            with checkpoints.reported_write_errors(folder):
-                utils.update_summary(epoch, train_metrics, eval_metrics, folder / "summary.csv", lr=lr)
-            saver.save(state(), epoch, metric)
-        validation = {"validation": eval_metrics} if eval_metrics else {}
-        results.append({"epoch": epoch, "train": train_metrics, **validation})
-
-    watch.close()
-    if saver is not None:
-        _logger.info(f"*** Best {best_metric_name(args)}: {saver.best_metric} (epoch {saver.best_epoch})")
-        ranked = sorted(
-            results,
-            key=lambda result: result.get("validation", result["train"])[best_metric_name(args)],
-            reverse=not metric_decreases(args),
-        )
-        print(f"--result\n{json.dumps(ranked[:10], indent=4)}")
+def create_saver(
+    args: argparse.Namespace, flags: dict[str, Any], folder: Path, start_epoch: int
+) -> checkpoints.CheckpointSaver:
+    """Open a run's folder: write its args.yaml, and drop what its summary.csv says of epochs to come."""
+    with checkpoints.reported_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        flags_text = yaml.safe_dump(flags, default_flow_style=False)
+        checkpoints.write_atomically(folder / "args.yaml", lambda file: file.write(flags_text.encode()))
+        utils.trim_summary(folder / "summary.csv", start_epoch)
+    return checkpoints.CheckpointSaver(folder, decreasing=metric_decreases(args), max_history=args.checkpoint_hist)
 
 
 def create_model(args: argparse.Namespace, resumed: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -247,6 +247,15 @@ def test_single_model_by_timms_names(script: ModuleType, tmp_path: Path, bench: 
     assert next(value for name, value in row.items() if name.endswith("img_size")) == 32
 
 
+def test_the_training_loop_over_a_bare_one(script: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "loop.json"
+    flags_ = ["--bench", "loop", "-m", "test_vit_ditac", "-b", "1", "2", "--img-size", "32"]
+    assert script.main([*flags_, *SHORT, "--results-file", str(file)]) == 0
+    (rows,) = [table["rows"] for table in results(file)["results"]]
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    assert all(row["train_py_ms"] > 0 and row["bare_ms"] > 0 for row in rows)
+
+
 def test_table10_has_the_papers_numbers_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     plus = {"MobileNet-V3": "test_vit", "ConvNeXt-S": "test_vit"}
     tiny = {label: (plus.get(label, "test_vit_ditac"), *columns[1:]) for label, columns in models.TABLE10.items()}
@@ -295,7 +304,9 @@ def test_layout() -> None:
         ("--table10 --bench train", "--table10 measures inference: leave --bench train out"),
         ("--bench op --amp", "--amp means nothing to --bench op: leave it out"),
         ("--model test_vit --sizes 9", "--sizes means nothing to --model: leave it out"),
-        ("--bench trian", "--bench must be one of both, infer, inference, train, profile, op, not trian"),
+        ("--bench loop --torchcompile", "--torchcompile means nothing to --bench loop: leave it out"),
+        ("--bench loop --model test_vti", "--model test_vti"),
+        ("--bench trian", "--bench must be one of both, infer, inference, train, profile, op, loop, not trian"),
         ("--bench op --dtypes int8", "--dtypes must be among float32, float64, float16, bfloat16, not int8"),
         ("--bench op --sizes many", "many is no number of elements, give one such as 1e6"),
         ("--bench op --sizes 1e13", "--sizes does not fit in the memory of cpu: give less"),

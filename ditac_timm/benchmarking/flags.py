@@ -18,6 +18,7 @@ _BENCH = {
     "train": ("train",),
     "profile": (),
     "op": (),
+    "loop": (),
 }
 # Each precision's dtype of weights and images, and of autocast.
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
@@ -50,6 +51,7 @@ _USELESS: dict[str, tuple[str, ...]] = {
     "--model": _OPERATOR,
     "--pair": ("use_train_size", *_OPERATOR),
     "--table10": (*_FIXED, *_OPERATOR),
+    "--bench loop": ("use_train_size", "torchcompile", "grad_checkpointing", *_OPERATOR),
     "--bench op": (*_FIXED, "torchcompile", "channels_last", "amp", "precision", "grad_checkpointing"),
 }
 
@@ -68,7 +70,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("-m", "--model", metavar="NAME", help="one model (resnet50)")
     add("--pair", nargs=2, metavar=("BASE", "VARIANT"), help="two models, interleaved in one process")
     add("--table10", action="store_true", help="the paper's table 10 on this machine")
-    add("--bench", metavar="MODE", help="both (default), infer, train, profile (counts only), or op: DiTAC as operator")
+    add(
+        "--bench",
+        metavar="MODE",
+        help="both (default), infer, train, profile (counts only), op: DiTAC as operator, or loop: train.py's",
+    )
     add("--num-warm-iter", type=int, default=10, metavar="N", help="rounds that do not count (10)")
     add("--num-bench-iter", type=int, default=40, metavar="N", help="rounds that count (40)")
     add("--results-file", default="", metavar="FILE", help="write the results there, as json or csv by its extension")
@@ -128,7 +134,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """Parse, refuse what contradicts, and fill in what the mode implies.
 
-    `mode` becomes "--model", "--pair", "--table10" or "--bench op", and `phases` what is timed: "infer", "train".
+    `mode` becomes "--model", "--pair", "--table10", "--bench op" or "--bench loop", and `phases` what is timed:
+    "infer", "train".
     """
     built = parser(description)
     args = built.parse_args(argv)
@@ -137,10 +144,11 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
             raise UsageError(f"{row.flag} is not supported: {row.reason}")
     _check_values(args)
     modes = {
-        "--model": args.model is not None,
+        "--model": args.model is not None and args.bench != "loop",
         "--pair": args.pair is not None,
         "--table10": args.table10,
         "--bench op": args.bench == "op",
+        "--bench loop": args.bench == "loop",
     }
     chosen = [mode for mode, given in modes.items() if given] or ["--model"]
     if len(chosen) > 1:

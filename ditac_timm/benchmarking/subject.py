@@ -60,6 +60,11 @@ class Subject:
         self.num_classes: int = model.num_classes
         self.model = models.place(model, args, precision)
 
+    @functools.cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one that --opt names."""
+        return create_optimizer_v2(self.model, opt=self.args.opt, lr=1e-4)
+
     def inference(self, batch_size: int, compiled: bool = False) -> Callable[[], Tensor]:
         """A call that infers; the model is in evaluation from now on."""
         model, images = self._runner(compiled), self._images(batch_size)
@@ -74,7 +79,7 @@ class Subject:
     def training_step(self, batch_size: int, compiled: bool = False) -> Callable[[], None]:
         """A call that trains one step: forward, loss, backward, update; the model is in training from now on."""
         loss = self._loss(batch_size, compiled)
-        optimizer = self._optimizer
+        optimizer = self.optimizer
         self.model.train()
 
         def call() -> None:
@@ -88,7 +93,7 @@ class Subject:
         """Bytes held at the highest point of a training step: weights, optimizer, batch and all the step makes."""
         step = self.training_step(batch_size, compiled)
         step()  # makes the optimizer's state
-        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
         fixed = memory.nbytes(self._own_tensors()) + memory.nbytes(filter(torch.is_tensor, states))
         batch = self._images(batch_size).nbytes
         return fixed + batch + memory.peak_growth(step, self.precision.device)
@@ -121,17 +126,11 @@ class Subject:
             self.model, backend=self.args.torchcompile, mode=self.args.torchcompile_mode, dynamic=False
         )
 
-    @functools.cached_property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return create_optimizer_v2(self.model, opt=self.args.opt, lr=1e-4)
-
     def _runner(self, compiled: bool) -> Callable[..., Any]:
         return self._compiled if compiled else self.model
 
     def _loss(self, batch_size: int, compiled: bool) -> Callable[[], Tensor]:
-        model, images = self._runner(compiled), self._images(batch_size)
-        generator = torch.Generator().manual_seed(self.args.seed)
-        targets = torch.randint(self.num_classes, (batch_size,), generator=generator).to(images.device)
+        model, (images, targets) = self._runner(compiled), self.batch(batch_size)
 
         def call() -> Tensor:
             with self.precision.autocast():
@@ -140,6 +139,12 @@ class Subject:
                 return F.cross_entropy(logits, targets)
 
         return call
+
+    def batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Random images and labels, always the same ones."""
+        images = self._images(batch_size)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return images, torch.randint(self.num_classes, (batch_size,), generator=generator).to(images.device)
 
     def _images(self, batch_size: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.args.seed)

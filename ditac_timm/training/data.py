@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler, IterableDataset, default_collate
 
 from ditac_timm.training.device import Precision
-from ditac_timm.training.errors import RunError, UsageError, first_line
+from ditac_timm.training.errors import DataLostError, UsageError, first_line
 from ditac_timm.training.images import CheckedImageDataset, bad_images, without_missing
 from ditac_timm.training.randomness import EpochSampler, SeededDataset, SeededErasing
 from ditac_timm.training.refusals import mixup_is_on
@@ -203,7 +203,8 @@ def check_images(loader: Any, args: argparse.Namespace, *, training: bool, repor
         report: Whether to say which, if they are let pass.
 
     Raises:
-        RunError: In training, if they are more than --max-bad-images; else, if there are any and they are not skipped.
+        DataLostError: In training, if they are more than --max-bad-images; else, if there are any and they are not
+            skipped.
     """
     bad = bad_images(loader)
     if not bad:
@@ -211,9 +212,9 @@ def check_images(loader: Any, args: argparse.Namespace, *, training: bool, repor
     name, reason = next(iter(bad.items()))
     which = f"{len(bad)} images do not decode, the first is {name} ({reason})"
     if training and len(bad) > args.max_bad_images:
-        raise RunError(f"{which}: more than --max-bad-images {args.max_bad_images}, mend or remove them")
+        raise DataLostError(f"{which}: more than --max-bad-images {args.max_bad_images}, mend or remove them")
     if not training and not args.skip_bad_images:
-        raise RunError(f"{which}: mend or remove them, or leave them out with --skip-bad-images")
+        raise DataLostError(f"{which}: mend or remove them, or leave them out with --skip-bad-images")
     if report:
         _logger.warning(f"{len(bad)} images do not decode, and others stood in for them or they were left out:")
         for name, reason in bad.items():

@@ -25,6 +25,10 @@ class UsageError(RunError):
     exit_code = 2
 
 
+class DataLostError(RunError):
+    """Images cannot be read any more."""
+
+
 class Interrupted(RunError):
     """The run was asked to stop, and can go on from where it saved."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageDataset
 
-from ditac_timm.training.errors import RunError
+from ditac_timm.training.errors import DataLostError
 
 __all__ = ["CheckedImageDataset", "Missing", "UnreadableDataError", "bad_images", "without_missing"]
 
@@ -20,7 +20,7 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBo
 _MOST_IN_A_ROW = 20
 
 
-class UnreadableDataError(RunError):
+class UnreadableDataError(DataLostError):
     """So many images in a row do not decode that the data must be gone."""
 
     def __init__(self, message: str) -> None:

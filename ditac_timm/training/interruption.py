@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: finish the update, agree among all processes, save, leave."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Interruption", "ignore_in_workers"]
+__all__ = ["Interruption", "hear_of_dead_workers_when_fetching", "ignore_in_workers"]
 
 
 class Interruption:
@@ -73,3 +74,12 @@ def _start_worker(worker: int, init: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if init is not None:
         init(worker)
+
+
+def hear_of_dead_workers_when_fetching() -> None:
+    """Take torch's handler of SIGCHLD away, which raises wherever the main process is, be it half-way in an update.
+
+    The loader looks after its processes as well, whenever it waits for one.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -21,7 +21,10 @@ from torch import nn
 from ditac_timm import DiTAC
 from ditac_timm.training.device import Precision
 from ditac_timm.training.diagnosis import not_finite
-from ditac_timm.training.errors import RunError
+from ditac_timm.training.errors import DataLostError, RunError, first_line
+from ditac_timm.training.images import UnreadableDataError
+from ditac_timm.training.interruption import hear_of_dead_workers_when_fetching
+from ditac_timm.training.progress import progress_bar
 from ditac_timm.training.randomness import seed_step
 
 _logger = logging.getLogger(__name__)
@@ -110,7 +113,8 @@ def train_one_epoch(
     regulariser: Callable[[], torch.Tensor] | None = None,
     first_update: int = 0,
     losses: LossMeter | None = None,
-    after_update: Callable[[int, LossMeter], None] = lambda update, losses: None,
+    after_update: Callable[[int], None] = lambda updates: None,
+    settle_gradients: bool = False,
 ) -> OrderedDict[str, float]:
     """Train for one epoch, or what is left of it, and return its mean loss.
 
@@ -118,9 +122,11 @@ def train_one_epoch(
         regulariser: Gives a term that is added to the loss of an update, and not to the mean.
         first_update: Updates of the epoch done before; the loader begins with the batches of the next.
         losses: Their losses.
-        after_update: Called with the number of updates done in the epoch, and their losses.
+        after_update: Called with the number of updates done in the epoch.
+        settle_gradients: Whether to `settle_layout` with the first batch.
 
     Raises:
+        DataLostError: The loader fails.
         RunError: At a log interval, if more than --nan-patience losses in a row were not finite. With loss scaling,
             which skips a step whose gradients overflow, only if all of the interval's are.
     """
@@ -137,65 +143,71 @@ def train_one_epoch(
     logged_updates, waited, samples = first_update, 0.0, 0
     interval_start = data_start = time.perf_counter()
     optimizer.zero_grad()
-    left = enumerate(loader, first_update * accumulate) if first_update < updates else ()
-    for index, (images, target) in left:
-        seed_step(args.seed, args.rank, epoch, index, precision.device)
-        last = index == batches - 1
-        need_update = last or (index + 1) % accumulate == 0
-        divisor = in_last_update if index >= batches - in_last_update else accumulate
-        images = images.to(precision.device, precision.model_dtype)
-        target = target.to(precision.device)
-        if mixup is not None:
-            images, target = mixup(images, target)
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        waited += time.perf_counter() - data_start
+    first = first_update * accumulate
+    left = fetched(loader) if first < batches else ()
+    with progress_bar(left, f"Epoch {epoch}", args, total=batches, done=first) as shown:
+        for index, (images, target) in enumerate(shown, first):
+            seed_step(args.seed, args.rank, epoch, index, precision.device)
+            last = index == batches - 1
+            need_update = last or (index + 1) % accumulate == 0
+            divisor = in_last_update if index >= batches - in_last_update else accumulate
+            images = images.to(precision.device, precision.model_dtype)
+            target = target.to(precision.device)
+            if mixup is not None:
+                images, target = mixup(images, target)
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            waited += time.perf_counter() - data_start
+            if settle_gradients and index == first:
+                settle_layout(task, images, target, precision, regulariser)
+                seed_step(args.seed, args.rank, epoch, index, precision.device)
 
-        with nullcontext() if need_update else task.no_sync():
-            with precision.autocast():
-                loss = task(images, target)["loss"]
-            share = loss / divisor
-            if regulariser is not None and need_update:  # once an update; alike in all processes, whose mean counts
-                share = share + regulariser()
-            _backward_and_step(share, clipped, optimizer, args, loss_scaler, second_order, need_update)
-        losses.update(loss, len(images))
-        samples += len(images) * args.world_size
-        if not need_update:
-            data_start = time.perf_counter()
-            continue
+            with nullcontext() if need_update else task.no_sync():
+                with precision.autocast():
+                    loss = task(images, target)["loss"]
+                share = loss / divisor
+                if regulariser is not None and need_update:  # once an update; alike in all processes, whose mean counts
+                    share = share + regulariser()
+                _backward_and_step(share, clipped, optimizer, args, loss_scaler, second_order, need_update)
+            losses.update(loss, len(images))
+            samples += len(images) * args.world_size
+            if not need_update:
+                data_start = time.perf_counter()
+                continue
 
-        update += 1
-        in_epoch = update - epoch * updates
-        optimizer.zero_grad()
-        task.update_ema(step=update)
-        if (in_epoch - 1) % args.log_interval == 0 or last:
-            counted = losses.read()
-            if counted.not_finite and (
-                counted.not_finite == counted.read if loss_scaler else counted.longest > args.nan_patience
-            ):
-                raise RunError(
-                    f"the loss is not finite in {counted.not_finite} of the last {counted.read} batches up to update "
-                    f"{in_epoch} of epoch {epoch}, {not_finite(model, images, precision.autocast())}: {_REMEDY}"
+            update += 1
+            in_epoch = update - epoch * updates
+            optimizer.zero_grad()
+            task.update_ema(step=update)
+            if (in_epoch - 1) % args.log_interval == 0 or last:
+                counted = losses.read()
+                if counted.not_finite and (
+                    counted.not_finite == counted.read if loss_scaler else counted.longest > args.nan_patience
+                ):
+                    raise RunError(
+                        f"the loss is not finite in {counted.not_finite} of the last {counted.read} batches up to "
+                        f"update {in_epoch} of epoch {epoch}, "
+                        f"{not_finite(model, images, precision.autocast())}: {_REMEDY}"
+                    )
+                done = in_epoch - logged_updates
+                interval = time.perf_counter() - interval_start
+                update_time.update(interval / done, done)
+                data_time.update(waited / done, done)
+                per_update = samples / done
+                _logger.info(
+                    f"Train: {epoch} [{in_epoch - 1:>4d}/{updates} ({100 * in_epoch / updates:>3.0f}%)]  "
+                    f"Loss: {counted.latest:#.3g} ({counted.mean:#.3g})  "
+                    f"Time: {update_time.val:.3f}s, {per_update / update_time.val:>7.2f}/s  "
+                    f"({update_time.avg:.3f}s, {per_update / update_time.avg:>7.2f}/s)  "
+                    f"LR: {mean_lr(optimizer):.3e}  "
+                    f"Data: {data_time.val:.3f} ({data_time.avg:.3f})"
                 )
-            done = in_epoch - logged_updates
-            interval = time.perf_counter() - interval_start
-            update_time.update(interval / done, done)
-            data_time.update(waited / done, done)
-            per_update = samples / done
-            _logger.info(
-                f"Train: {epoch} [{in_epoch - 1:>4d}/{updates} ({100 * in_epoch / updates:>3.0f}%)]  "
-                f"Loss: {counted.latest:#.3g} ({counted.mean:#.3g})  "
-                f"Time: {update_time.val:.3f}s, {per_update / update_time.val:>7.2f}/s  "
-                f"({update_time.avg:.3f}s, {per_update / update_time.avg:>7.2f}/s)  "
-                f"LR: {mean_lr(optimizer):.3e}  "
-                f"Data: {data_time.val:.3f} ({data_time.avg:.3f})"
-            )
-            logged_updates, waited, samples = in_epoch, 0.0, 0
-            interval_start = time.perf_counter()
-        if scheduler is not None:
-            scheduler.step_update(num_updates=update)
-        after_update(in_epoch, losses)
-        data_start = time.perf_counter()
+                logged_updates, waited, samples = in_epoch, 0.0, 0
+                interval_start = time.perf_counter()
+            if scheduler is not None:
+                scheduler.step_update(num_updates=update)
+            after_update(in_epoch)
+            data_start = time.perf_counter()
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
     return OrderedDict(loss=losses.read().mean)
@@ -210,37 +222,49 @@ def evaluate(
     *,
     log_interval: int,
     log_suffix: str = "",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> OrderedDict[str, float]:
     """Return loss, top1 and top5 of a model over a whole split.
 
     Top-1 and top-5 are percentages of integer counts, summed over processes without the samples that pad them: they
-    do not depend on the batch size or on the number of processes.
+    do not depend on the batch size or on the number of processes. `after_batch` is called after each.
+
+    Raises:
+        DataLostError: The loader fails.
     """
     model.eval()
     evaluator = ClassificationEvaluator(precision.device, max_samples=evaluation_sample_limit(loader))
     batch_time = AverageMeter()
     last, logged, start = len(loader) - 1, -1, time.perf_counter()
-    for index, (images, target) in enumerate(loader):
-        images = images.to(precision.device, precision.model_dtype)
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with precision.autocast():
-            output = model(images)
-        evaluator.update(output[0] if isinstance(output, tuple | list) else output, target.to(precision.device))
-        if index % log_interval == 0 or index == last:
-            running = evaluator.summary()
-            batch_time.update((time.perf_counter() - start) / (index - logged), index - logged)
-            logged, start = index, time.perf_counter()
-            _logger.info(
-                f"Test{log_suffix}: [{index:>4d}/{last}]  "
-                f"Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  "
-                f"Loss: {running['loss']:>6.3f}  Acc@1: {running['top1']:>7.3f}  Acc@5: {running['top5']:>7.3f}"
-            )
+    with progress_bar(fetched(loader), f"Test{log_suffix}", args, total=len(loader)) as batches:
+        for index, (images, target) in enumerate(batches):
+            images = images.to(precision.device, precision.model_dtype)
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with precision.autocast():
+                output = model(images)
+            evaluator.update(output[0] if isinstance(output, tuple | list) else output, target.to(precision.device))
+            if index % log_interval == 0 or index == last:
+                running = evaluator.summary()
+                batch_time.update((time.perf_counter() - start) / (index - logged), index - logged)
+                logged, start = index, time.perf_counter()
+                _logger.info(
+                    f"Test{log_suffix}: [{index:>4d}/{last}]  "
+                    f"Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  "
+                    f"Loss: {running['loss']:>6.3f}  Acc@1: {running['top1']:>7.3f}  Acc@5: {running['top5']:>7.3f}"
+                )
+            after_batch()
     return evaluator.compute(distributed=args.distributed)
 
 
 def evaluate_task(
-    task: TrainingTask, loader: Any, args: argparse.Namespace, precision: Precision, epoch: int
+    task: TrainingTask,
+    loader: Any,
+    args: argparse.Namespace,
+    precision: Precision,
+    epoch: int,
+    *,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> OrderedDict[str, float]:
     """Evaluate a task's model, and the averaged weights where there are any, whose metrics then count.
 
@@ -250,10 +274,11 @@ def evaluate_task(
     # Not through DDP, whose forward waits for all ranks: their last batches may differ in number.
     model: Any = task.get_eval_model()
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    metrics = evaluate(model, loader, args, precision, log_interval=args.log_interval)
+    options: Any = {"log_interval": args.log_interval, "after_batch": after_batch}
+    metrics = evaluate(model, loader, args, precision, **options)
     if args.model_ema and not args.model_ema_force_cpu:
         model = task.get_eval_model(ema=True)
-        metrics = evaluate(model, loader, args, precision, log_interval=args.log_interval, log_suffix=" (EMA)")
+        metrics = evaluate(model, loader, args, precision, log_suffix=" (EMA)", **options)
     if not math.isfinite(metrics["loss"]):
         raise RunError(f"the validation loss after epoch {epoch} is not finite: {_REMEDY}")
     return metrics
@@ -267,6 +292,46 @@ def share_batch_norm(task: TrainingTask, args: argparse.Namespace) -> None:
     distribute_bn(task.get_trainable_module(), args.world_size, reduce)
     if args.model_ema and not args.model_ema_force_cpu:
         distribute_bn(task.get_trainable_module(ema=True), args.world_size, reduce)
+
+
+def fetched(loader: Any) -> Iterator[Any]:
+    """Iterate a loader, whose own failures become a `DataLostError`, and come only where a batch is fetched."""
+    try:
+        for batch in loader:
+            hear_of_dead_workers_when_fetching()
+            yield batch
+    except UnreadableDataError:
+        raise
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two if it died while it sent a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise DataLostError(
+            f"a process that loads data has ended ({first_line(error)}): out of memory? Give fewer --workers"
+        ) from error
+
+
+def settle_layout(
+    task: TrainingTask,
+    images: torch.Tensor,
+    target: torch.Tensor,
+    precision: Precision,
+    regulariser: Callable[[], torch.Tensor] | None,
+) -> None:
+    """Have DDP lay out gradients as it has done in a run that is not resumed: in the order in which they arrive.
+
+    It changes from the order of parameters to that one after the first backward pass, and with it, between three
+    processes and more, the order in which gradients are summed. So one pass is made that nothing else remembers.
+    """
+    module: Any = task.get_trainable_module()
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    with precision.autocast():
+        loss = task(images, target)["loss"]
+    (loss if regulariser is None else loss + regulariser()).backward()
+    for parameter in module.parameters():
+        parameter.grad = None
+    with torch.no_grad():
+        for name, value in module.named_buffers():
+            value.copy_(before[name])
 
 
 def clipped_parameters(task: TrainingTask, mode: str) -> list[nn.Parameter]:

@@ -39,15 +39,15 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def two(restarts: int = 0) -> list[str]:
-    return [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+def launch(processes: int = 2, restarts: int = 0) -> list[str]:
+    return [*TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
 
 
 @pytest.fixture(scope="module")
 def pair(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing happens to."""
     output = tmp_path_factory.mktemp("pair")
-    code, errors = finish(start(two(), digits, output, "nothing 0 0", "-b", "6"))
+    code, errors = finish(start(launch(), digits, output, "nothing 0 0", "-b", "6"))
     assert code == 0, errors
     return output
 
@@ -61,27 +61,68 @@ def test_two_processes_compute_what_one_does(digits: Path, tmp_path: Path, pair:
 
 
 def test_a_rank_that_dies_is_restarted_and_the_run_goes_on_exactly(digits: Path, tmp_path: Path, pair: Path) -> None:
-    code, errors = finish(start(two(restarts=1), digits, tmp_path, "SIGKILL 1 15", "-b", "6"))
+    code, errors = finish(start(launch(restarts=1), digits, tmp_path, "SIGKILL 1 15", "-b", "6"))
     assert code == 0, errors
     assert "another process of the run has ended" in errors or "Signal 9 (SIGKILL)" in errors
     assert_same_runs(tmp_path / "run", pair / "run")
 
 
 def test_a_rank_that_dies_ends_the_run(digits: Path, tmp_path: Path, pair: Path) -> None:
-    code, errors = finish(start(two(), digits, tmp_path, "SIGKILL 1 5", "-b", "6"), seconds=60)
+    code, errors = finish(start(launch(), digits, tmp_path, "SIGKILL 1 5", "-b", "6"), seconds=60)
     assert code != 0
     assert "Signal 9 (SIGKILL)" in errors
-    code, errors = finish(start(two(), digits, tmp_path, "nothing 0 0", "-b", "6", "--resume", str(tmp_path / "run")))
+    code, errors = finish(
+        start(launch(), digits, tmp_path, "nothing 0 0", "-b", "6", "--resume", str(tmp_path / "run"))
+    )
     assert code == 0, errors
     assert_same_runs(tmp_path / "run", pair / "run")
 
 
 def test_a_signal_to_one_rank_stops_all_with_their_state_saved(digits: Path, tmp_path: Path, pair: Path) -> None:
-    code, errors = finish(start(two(), digits, tmp_path, "SIGTERM 1 14", "-b", "6"), seconds=60)
+    code, errors = finish(start(launch(), digits, tmp_path, "SIGTERM 1 14", "-b", "6"), seconds=60)
     assert code != 0
     assert "a signal to another process after update 5 of epoch 1" in errors  # the one after it was agreed on
     assert (tmp_path / "run" / "recovery-1-5.pth.tar").is_file()
-    code, errors = finish(start(two(), digits, tmp_path, "nothing 0 0", "-b", "6", "--resume", str(tmp_path / "run")))
+    code, errors = finish(
+        start(launch(), digits, tmp_path, "nothing 0 0", "-b", "6", "--resume", str(tmp_path / "run"))
+    )
+    assert code == 0, errors
+    assert_same_runs(tmp_path / "run", pair / "run")
+
+
+def test_three_processes_go_on_exactly(digits: Path, tmp_path: Path) -> None:
+    """The order in which more than two gradients are summed is the one of the run that was not killed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs = [(whole, "nothing 0 0"), (killed, "SIGKILL 2 15")]
+    for output, act in runs:
+        finish(start(launch(3), digits, output, act, "-b", "4", "--ditac-reg", "0.01", "--model", "test_vit_ditac"))
+    resumed = start(
+        launch(3),
+        digits,
+        killed,
+        "nothing 0 0",
+        "-b",
+        "4",
+        "--ditac-reg",
+        "0.01",
+        "--model",
+        "test_vit_ditac",
+        "--resume",
+        str(killed / "run"),
+    )
+    code, errors = finish(resumed)
+    assert code == 0, errors
+    assert_same_runs(killed / "run", whole / "run")
+
+
+def test_a_signal_in_validation_stops_all(digits: Path, tmp_path: Path, pair: Path) -> None:
+    code, errors = finish(start(launch(), digits, tmp_path, "validation:SIGTERM 1 3", "-b", "6"), seconds=60)
+    assert code != 0
+    assert "after update 10 of epoch 0" in errors
+    assert (tmp_path / "run" / "recovery-0-10.pth.tar").is_file()
+    code, errors = finish(
+        start(launch(), digits, tmp_path, "nothing 0 0", "-b", "6", "--resume", str(tmp_path / "run"))
+    )
     assert code == 0, errors
     assert_same_runs(tmp_path / "run", pair / "run")
 

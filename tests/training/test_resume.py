@@ -1,6 +1,7 @@
 """`train.py --resume`: a run that was killed ends as the run that was not, to the last bit."""
 
 import contextlib
+import multiprocessing
 import os
 import random
 import shlex
@@ -12,8 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
 import torch
 from script_runs import ROOT
+from timm.task.evaluator import ClassificationEvaluator
 
 from ditac_timm.training import checkpoint as checkpoints
 from ditac_timm.training.loop import LossMeter
@@ -36,7 +39,7 @@ RUNS = {
     "splits": ("test_resnet", "--aug-splits 2 --jsd-loss --split-bn --aa augmix-m5-w4-d2 --reprob 0.2 --resplit"),
     "vit": (
         "test_vit",
-        "--opt sgd --mixup-off-epoch 1 --mixup 0.8 -j 1 --use-multi-epochs-loader --amp-dtype bfloat16",
+        "--opt sgd -vb 6 --mixup-off-epoch 1 --mixup 0.8 -j 1 --use-multi-epochs-loader --amp-dtype bfloat16",
     ),
 }
 
@@ -213,3 +216,61 @@ def test_signals(digits, tmp_path, train, whole, number, code):
     torch.set_num_threads(1)
     assert run(train, digits, tmp_path, "everything", "--resume", str(tmp_path / "run")) == 0
     assert_same_runs(tmp_path / "run", whole("everything"))
+
+
+@pytest.mark.parametrize("stage", ["training", "validation"])
+def test_a_killed_worker_is_reported_and_the_run_goes_on_from_there(
+    train, digits, tmp_path, whole, monkeypatch, capsys, stage
+):
+    where = {"training": (LossMeter, "update"), "validation": (ClassificationEvaluator, "update")}[stage]
+    real, count = getattr(*where), 0
+
+    def kill(*arguments):
+        nonlocal count
+        count += 1
+        for child in multiprocessing.active_children() if count == 5 else ():
+            child.kill()
+            child.join()
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, kill)
+        assert run(train, digits, tmp_path, "vit") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a process that loads data has ended" in said
+    assert "fewer --workers" in said
+    folder = tmp_path / "run"
+    assert f"--resume {folder} goes on from update " in said
+    assert list(folder.glob("recovery-0-10*" if stage == "validation" else "recovery-0-[5-9]*"))
+    assert run(train, digits, tmp_path, "vit", "--resume", str(folder)) == 0
+    assert_same_runs(folder, whole("vit"))
+
+
+@pytest.mark.parametrize("name", ["everything", "ditac"])
+def test_a_signal_in_validation_is_heard_there(train, digits, tmp_path, whole, monkeypatch, capsys, name):
+    real, count = ClassificationEvaluator.update, 0
+
+    def ask(*arguments):
+        nonlocal count
+        count += 1
+        if count == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert count < 9
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationEvaluator, "update", ask)
+        assert run(train, digits, tmp_path, name) == 75
+    assert "SIGTERM after update" in capsys.readouterr().err
+    assert run(train, digits, tmp_path, name, "--resume", str(tmp_path / "run")) == 0
+    assert_same_runs(tmp_path / "run", whole(name))
+
+
+def test_files_within_an_epoch_load_in_plain_timm(train, digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 7)
+        run(train, digits, tmp_path, "ditac")
+    (file,) = (tmp_path / "run").glob("recovery-0-6.pth.tar")
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    model = timm.create_model("ditac", base="test_resnet", num_classes=10, checkpoint_path=str(file))
+    assert_same(dict(model.state_dict()), dict(saved))

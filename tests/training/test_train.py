@@ -1,7 +1,6 @@
 """`train.py`: what a run leaves behind, what it refuses, and that it can be continued and repeated."""
 
 import csv
-import multiprocessing
 import os
 import shlex
 import signal
@@ -15,8 +14,6 @@ import timm
 import torch
 import yaml
 from script_runs import ROOT, run_two_processes
-
-from ditac_timm.training.loop import LossMeter
 
 SMALL = shlex.split("-b 24 -j 0 --img-size 32 --num-classes 10 --warmup-epochs 0 --lr 0.01 --log-interval 2")
 
@@ -329,6 +326,55 @@ def test_a_full_disk_is_one_sentence(
     assert not list(last.parent.glob("*new*"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")
+def test_a_quota_is_one_sentence(
+    train: ModuleType, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real one: the system refuses to write beyond so many bytes of a file."""
+    import resource
+
+    _, folder = run(train, digits, tmp_path)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.pth.tar"]) // 2, limits[1]))
+    try:
+        code = train.main(["-c", str(folder / "args.yaml"), "--resume", str(folder), "--epochs", "2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == 1
+    assert f"cannot write to {folder}, what was there before is whole" in refusal(capsys)
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {name for name in before if name.endswith(".tar")} == {name for name in after if name.endswith(".tar")}
+    assert all(after[name] == before[name] for name in before if name.endswith(".tar"))
+    code = train.main(["-c", str(folder / "args.yaml"), "--resume", str(folder), "--epochs", "2"])  # with room again
+    assert code == 0
+    assert [row["epoch"] for row in summary(folder)] == ["0", "1"]
+
+
+def test_an_output_that_cannot_be_made_is_one_sentence(
+    train: ModuleType, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a file"
+    output.write_text("kept")
+    assert run(train, digits, output)[0] == 1
+    assert f"cannot write to {output / 'run'}" in refusal(capsys)
+    assert output.read_text() == "kept"
+
+
+def test_a_progress_bar_on_a_terminal(
+    train: ModuleType, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(train, digits, tmp_path)[0] == 0
+    shown = capsys.readouterr().err
+    for name in ("Epoch 0", "Test"):
+        assert f"\r{name}:   0%" in shown
+    assert "Epoch 1" not in shown
+
+
 def test_interrupt_is_no_traceback(digits: Path, tmp_path: Path) -> None:
     argv = [sys.executable, str(ROOT / "train.py"), "--data-dir", str(digits), "--output", str(tmp_path), *SMALL]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -350,20 +396,6 @@ def test_interrupt_is_no_traceback(digits: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 75
     assert "SIGINT after update" in rest
     assert "Traceback" not in rest
-
-
-def test_a_killed_worker_is_reported(train, digits, tmp_path, capsys, monkeypatch):
-    update = LossMeter.update
-
-    def kill(*arguments):
-        for child in multiprocessing.active_children():
-            child.kill()
-        update(*arguments)
-
-    monkeypatch.setattr(LossMeter, "update", kill)
-    assert run(train, digits, tmp_path, "-j", "1", epochs=3)[0] == 1
-    assert "a process that loads data has ended" in (sentence := refusal(capsys))
-    assert "fewer --workers" in sentence
 
 
 def test_two_processes_evaluate_every_image_once(train: ModuleType, digits: Path, tmp_path: Path) -> None:
