@@ -146,13 +146,14 @@ def create_split(
         raise UsageError(f"{flag} {split} of {args.dataset or args.data_dir}: {_reason(error, flag)}") from error
     if not args.class_map:
         _check_empty_classes(dataset, flag)
+    if hasattr(dataset, "reader"):
+        _check_files(args, dataset, flag)
+        _check_columns(dataset.reader, flag)
     if type(dataset) is ImageDataset:
         return CheckedImageDataset(dataset, skip=args.skip_bad_images and not is_training)
     if type(dataset) is IterableImageDataset:
         if not dataset.reader.num_samples:
             raise UsageError(f"{flag} {split} of {args.dataset}: {_unknown_length(flag)}")
-        if kind == "wds":
-            _check_shards(dataset.reader, flag)
         return CheckedIterableDataset(dataset, kind, mode, args.seed, training=is_training)
     return dataset
 
@@ -400,12 +401,39 @@ def _unknown_length(flag: str) -> str:
     return f"its number of images is not known, give {_COUNT_FLAGS[flag]}"
 
 
-def _check_shards(reader: Any, flag: str) -> None:
-    """Refuse shards that are not there, which would be found out within an epoch only."""
-    for name in reader.split_info.filenames:
-        file = os.path.join(reader.root, name)
-        if "://" not in file and not name.startswith("pipe:") and not os.path.isfile(file):
-            raise UsageError(f"{flag}: there is no shard {file}")
+def _check_files(args: argparse.Namespace, dataset: Any, flag: str) -> None:
+    """Refuse tars that are not there or were cut off, of which timm would read what is left."""
+    reader = dataset.reader
+    if isinstance(reader, ReaderImageInTar):
+        files = [reader.root] if os.path.isfile(reader.root) else sorted(map(str, Path(reader.root).glob("*.tar")))
+    elif args.dataset.lower().startswith("wds/"):
+        files = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
+        files = [file for file in files if "://" not in file and not os.path.basename(file).startswith("pipe:")]
+    else:
+        return
+    for file in files:
+        if not os.path.isfile(file):
+            raise UsageError(f"{flag}: there is no file {file}")
+        with open(file, "rb") as stream:
+            stream.seek(max(0, os.path.getsize(file) - 512))
+            if file.endswith(".tar") and any(stream.read()):
+                raise UsageError(f"{flag}: {file} was cut off, it does not end as a tar does")
+
+
+def _check_columns(reader: Any, flag: str) -> None:
+    """Refuse a Hugging Face dataset whose images or labels are called otherwise, which timm takes for missing."""
+    if type(reader).__name__ != "ReaderHfds":
+        return
+    first = reader.dataset[0]
+    columns = ", ".join(name for name in first if name != reader.image_key)
+    if first.get(reader.image_key) is None:
+        raise UsageError(f"{flag}: the first row has no {reader.image_key}, but {columns}: give --input-key")
+    try:
+        reader._get_target(first)
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{flag}: the first row has no {reader.label_key}, but {columns}: give --target-key"
+        ) from error
 
 
 def _check_iterable(args: argparse.Namespace, dataset: Any) -> None:

@@ -39,6 +39,7 @@ _UNREADABLE = (
     ValueError,
     EOFError,
     AssertionError,
+    TypeError,
     tarfile.TarError,
     Image.DecompressionBombError,
 )
@@ -280,7 +281,7 @@ class CheckedIterableDataset(_Checked, IterableImageDataset):
         try:
             content, path = stored["bytes"], stored["path"]
             image = _decode(path if content is None else io.BytesIO(content), self._mode)
-        except (*_UNREADABLE, TypeError) as error:
+        except _UNREADABLE as error:
             name = stored and (stored["path"] or f"image of sha1 {hashlib.sha1(stored['bytes'] or b'').hexdigest()}")
             self._lose(name or "no image", error)
             return None

@@ -58,7 +58,7 @@ def write_tars_of_tars(digits: Path, root: Path) -> None:
 
 
 def write_shards(digits: Path, root: Path) -> None:
-    """WebDataset shards and what timm wants to know of them: 3, 4, ... images of each class in one, for uneven shards."""
+    """WebDataset shards of different lengths, and what timm wants to know of them."""
     splits = {}
     for split, number in SHARDS.items():
         shards = [f"digits-{split}-{index:04d}.tar" for index in range(number)]
@@ -214,8 +214,8 @@ def test_every_reader_trains_and_scores_alike(
     (row,) = summary(folder)
     assert 0 < row["train_loss"] < 10
     assert same(score(*validate_flags), expected)
-    assert same(score(*validate_flags, "-j", "2"), expected)
-    assert row["eval_top1"] == score(*validate_flags, "--checkpoint", str(folder))["top1"]
+    if name not in MAP_STYLE:  # where each process reads other shards
+        assert same(score(*validate_flags, "-j", "2"), expected)
 
 
 class Killed(BaseException):
@@ -227,7 +227,6 @@ class Killed(BaseException):
     [
         ("tar", "--recovery-interval 3"),
         ("hfds, parquet", "--recovery-interval 3 -j 2"),
-        ("wds by info", ""),
         ("wds by info", "-j 2"),
         ("hfids, parquet", "-j 2"),
     ],
@@ -238,23 +237,23 @@ def test_a_killed_run_ends_as_the_run_that_was_not(
     """From within an epoch where images are read in any order, else from the last epoch's end: to the last bit."""
     _, train_flags, _ = write(name, digits, tmp_path)
     argv = [*train_flags, *flags.split(), "--aa", "rand-m9-mstd0.5", "--reprob", "0.3", "--mixup", "0.2"]
-    code, whole = run(train, tmp_path / "whole", *argv, epochs=3)
+    code, whole = run(train, tmp_path / "whole", *argv, epochs=2)
     assert code == 0
     update, seen = LossMeter.update, []
 
     def kill(*arguments: object) -> None:
         seen.append(None)
-        if len(seen) == 25:
+        if len(seen) == 15:
             raise Killed
         update(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
         patched.setattr(LossMeter, "update", kill)
         with pytest.raises(Killed):
-            run(train, tmp_path / "killed", *argv, epochs=3)
+            run(train, tmp_path / "killed", *argv, epochs=2)
     folder = tmp_path / "killed" / "run"
-    assert bool(list(folder.glob("recovery-2-*"))) == (name in MAP_STYLE)
-    assert run(train, tmp_path / "killed", *argv, "--resume", str(folder), epochs=3)[0] == 0
+    assert bool(list(folder.glob("recovery-1-*"))) == (name in MAP_STYLE)
+    assert run(train, tmp_path / "killed", *argv, "--resume", str(folder), epochs=2)[0] == 0
     assert_same_runs(folder, whole)
 
 
@@ -285,24 +284,20 @@ def test_images_that_do_not_decode_are_named(
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(digits, broken)
-    (broken / "validation" / "digit_3" / "15.png").write_bytes(b"no image")
+    (broken / "validation" / "digit_3" / "2.png").write_bytes(b"no image")
     (broken / "train" / "digit_3" / "2.png").write_bytes(b"no image")
     _, train_flags, validate_flags = write(name, broken, tmp_path)
     code, _ = run(train, tmp_path, *train_flags, "--val-split=", "-j", "2")
     assert code == 0
-    which = {"hfds, parquet": "image 38", "hfids, parquet": "image of sha1 "}.get(name, "2.png")
+    which = {"hfds, parquet": "image 4", "hfids, parquet": "image of sha1 "}.get(name, "2.png")
     which = {"wds by info": "digit_3-2"}.get(name, which)
     assert "1 images do not decode" in caplog.text
     assert f"{which}" in caplog.text
-    code, _ = run(train, tmp_path / "strict", *train_flags, "--max-bad-images", "0")
-    assert code == 1
-    assert "more than --max-bad-images 0" in refusal(capsys)
-
     argv = ["--checkpoint", str(finished), "-j", "0", *validate_flags]
     assert validate.main(argv) == 1
     assert "1 images do not decode, the first is " in refusal(capsys)
     found = score(*validate_flags, "--skip-bad-images")
-    (broken / "validation" / "digit_3" / "15.png").unlink()
+    (broken / "validation" / "digit_3" / "2.png").unlink()
     assert same(found, score("--data-dir", str(broken)))
 
 
@@ -353,11 +348,12 @@ def empty_tar(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "flags", "code", "sentence"),
     [
-        ("wds by info", lambda root: (root / "digits-train-0001.tar").unlink(), "", 2, "there is no shard"),
-        ("wds by info", lambda root: truncate(root / "digits-validation-0001.tar"), "", 1, "cannot be read"),
-        ("wds by info", lambda root: cut_at_a_member(root / "digits-validation-0001.tar"), "", 1, "is said to hold 50"),
+        ("wds by info", lambda root: (root / "digits-train-0001.tar").unlink(), "", 2, "there is no file"),
+        ("wds by info", lambda root: truncate(root / "digits-validation-0001.tar"), "", 2, "was cut off"),
+        ("wds by info", lambda root: cut_at_a_member(root / "digits-validation-0001.tar"), "", 2, "was cut off"),
+        ("wds by pattern", lambda root: None, "--val-num-samples 51", 1, "read 50 images, and wds/ is said to hold 51"),
         ("wds by info", relabel, "", 1, "an image has label 10, and the model classes 0 to 9"),
-        ("wds by info", rename_images, "-j 2", 1, "has no jpg;png;webp, but jpeg, cls: give --input-key"),
+        ("wds by info", rename_images, "-j 2", 1, "has no jpg;png;webp, but cls, jpeg: give --input-key"),
         ("wds by info", drop_labels, "", 1, "has no cls: give --target-key"),
         ("wds by info", lambda root: (root / "_info.json").unlink(), "", 2, "split train not found in info"),
         ("wds by info", lambda root: (root / "_info.json").write_text('{"splits": {"train": {}}}'), "", 2, "lacks"),
@@ -367,8 +363,9 @@ def empty_tar(file: Path) -> None:
         ("wds by info", lambda root: None, f"--val-split {PATTERNS['validation']}", 2, "give --val-num-samples"),
         ("hfids, parquet", lambda root: None, "-j 3", 1, "Reduce the number of loader workers"),
         ("hfds, parquet", lambda root: None, "--val-split test", 2, 'Unknown split "test"'),
-        ("hfds, parquet", lambda root: None, "--input-key picture", 2, "picture"),
-        ("tar", lambda root: truncate(root / "train.tar"), "", 2, "--train-split train.tar of "),
+        ("hfds, parquet", lambda root: None, "--input-key picture", 2, "no picture, but image, label: give"),
+        ("hfds, parquet", lambda root: None, "--target-key name", 2, "no name, but label: give --target-key"),
+        ("tar", lambda root: truncate(root / "train.tar"), "", 2, "was cut off"),
         ("tar", lambda root: empty_tar(root / "validation.tar"), "", 2, "it holds no images"),
         ("tar", lambda root: None, "--target-key label", 2, "--target-key names a field"),
         ("tar", lambda root: None, "--train-split train", 2, "Found 0 images"),
