@@ -24,7 +24,7 @@ from timm.data import (
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_image_in_tar import CACHE_FILENAME_SUFFIX, ReaderImageInTar
 from torch import nn
 from torch.utils.data import DistributedSampler, IterableDataset, default_collate
 
@@ -53,7 +53,8 @@ _SPLITS = {"train", "training", "test", *_EVAL_SPLITS}
 
 def check_data_dir(args: argparse.Namespace) -> None:
     """Refuse a data folder that does not exist, before a model is built or downloaded."""
-    if args.data_dir and not os.path.exists(args.data_dir) and not args.dataset_download:
+    remote = args.dataset.lower().startswith("wds/") and _is_remote(args.data_dir)
+    if args.data_dir and not os.path.exists(args.data_dir) and not args.dataset_download and not remote:
         raise UsageError(f"--data-dir {args.data_dir} does not exist")
     if args.class_map and not any(Path(folder, args.class_map).is_file() for folder in ("", args.data_dir or "")):
         raise UsageError(f"--class-map {args.class_map} does not exist")
@@ -401,19 +402,29 @@ def _unknown_length(flag: str) -> str:
     return f"its number of images is not known, give {_COUNT_FLAGS[flag]}"
 
 
+def _is_remote(name: str) -> bool:
+    """Whether WebDataset reads a shard from elsewhere: an address, or what a command prints."""
+    return "://" in name or name.startswith("pipe:")
+
+
 def _check_files(args: argparse.Namespace, dataset: Any, flag: str) -> None:
     """Refuse tars that are not there or were cut off, of which timm would read what is left."""
-    reader = dataset.reader
+    reader, index = dataset.reader, None
     if isinstance(reader, ReaderImageInTar):
+        root = Path(reader.root)
+        folder, name = (root.parent, root.stem) if root.is_file() else (root, root.name)
+        index = folder / f"_{name}{CACHE_FILENAME_SUFFIX}"
         files = [reader.root] if os.path.isfile(reader.root) else sorted(map(str, Path(reader.root).glob("*.tar")))
     elif args.dataset.lower().startswith("wds/"):
         files = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
-        files = [file for file in files if "://" not in file and not os.path.basename(file).startswith("pipe:")]
+        files = [file for file in files if not _is_remote(file)]
     else:
         return
     for file in files:
         if not os.path.isfile(file):
             raise UsageError(f"{flag}: there is no file {file}")
+        if index is not None and index.exists() and index.stat().st_mtime < os.path.getmtime(file):
+            raise UsageError(f"{flag}: {index} is older than {file}, which it tells how to read: remove it")
         with open(file, "rb") as stream:
             stream.seek(max(0, os.path.getsize(file) - 512))
             if file.endswith(".tar") and any(stream.read()):
