@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-__all__ = ["EpochSampler", "SeededDataset", "SeededErasing", "seed_all", "seed_step"]
+__all__ = ["EpochSampler", "SeededDataset", "SeededErasing", "seed_all", "seed_data", "seed_step"]
 
 _DATA, _STEP, _ERASING = range(3)  # streams that must not repeat one another
 
@@ -34,6 +34,11 @@ def seed_all(*key: int, device: torch.device | None = None) -> None:
         torch.manual_seed(seed)
 
 
+def seed_data(*key: int) -> None:
+    """Seed what reading and augmenting draw."""
+    seed_all(_DATA, *key)
+
+
 def seed_step(seed: int, rank: int, epoch: int, batch: int, device: torch.device) -> None:
     """Seed what a batch draws in the main process."""
     seed_all(_STEP, seed, rank, epoch, batch, device=device)
@@ -50,7 +55,7 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Any:
-        seed_all(_DATA, self.seed, *key)
+        seed_data(self.seed, *key)
         return self.dataset[key[1]]
 
     @property

@@ -97,6 +97,15 @@ DISTILLATION_DEFAULTS: dict[str, Any] = {
     "kd_token_distill_type": "soft",
 }
 
+# timm's types of datasets, in --dataset TYPE/NAME, and what reads them.
+_DATASET_MODULES: dict[str, tuple[str, ...]] = {
+    "wds": ("webdataset",),
+    "hfds": ("datasets",),
+    "hfids": ("datasets",),
+    "tfds": ("tensorflow", "tensorflow_datasets"),
+    "torch": (),
+}
+
 # Checked here and not by argparse, which checks neither choices nor ranges of what a YAML file says.
 _INTERPOLATIONS = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CHOICES: dict[str, Collection[str | None]] = {
@@ -246,8 +255,29 @@ def _check_each(args: argparse.Namespace) -> None:
     _check_compilation(args)
     if args.skip_bad_images and is_distributed_env():
         raise UsageError("--skip-bad-images would miscount in several processes: validate in one")
-    if not args.dataset and not args.data_dir:
+    _check_dataset(args)
+
+
+def _check_dataset(args: argparse.Namespace) -> None:
+    kind, slash, name = args.dataset.partition("/")
+    kind = kind.lower()
+    if args.dataset and (kind not in _DATASET_MODULES or not slash or not (name or kind == "wds")):
+        known = ", ".join(f"{known}/NAME" for known in _DATASET_MODULES)
+        raise UsageError(f"--dataset {args.dataset} is none of {known}: leave it out for folders and tars")
+    if kind in ("", "wds", "torch") and not args.data_dir:
         raise UsageError("--data-dir is missing: give the folder that holds the images")
+    if kind in ("", "torch") and args.target_key:
+        raise UsageError("--target-key names a field of wds/, hfds/, hfids/ and tfds/ data: leave it out")
+    for module in _DATASET_MODULES.get(kind, ()):
+        _check_installed(f"--dataset {args.dataset}", module)
+
+
+def _check_installed(flag: str, module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        package = module.replace("_", "-")
+        raise UsageError(f"{flag} needs {module}, which is not installed: pip install {package}") from error
 
 
 def _check_compilation(args: argparse.Namespace) -> None:
@@ -321,11 +351,8 @@ def _check_logging(args: argparse.Namespace) -> None:
         (args.log_wandb, "--log-wandb", "wandb"),
         (args.log_tensorboard, "--log-tensorboard", "tensorboard"),
     ):
-        try:
-            if asked:
-                importlib.import_module(module)
-        except ImportError as error:
-            raise UsageError(f"{flag} needs {module}, which is not installed: pip install {module}") from error
+        if asked:
+            _check_installed(flag, module)
 
 
 def mixup_is_on(args: argparse.Namespace) -> bool:

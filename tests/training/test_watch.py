@@ -1,8 +1,11 @@
-"""Weights & Biases and TensorBoard, by stand-ins for their clients: neither has to be installed."""
+"""Weights & Biases and TensorBoard: what their own files hold, and what stand-ins for their clients were told."""
 
 import csv
+import json
 import shlex
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -75,6 +78,59 @@ def run(train: ModuleType, data: Path, output: Path, *flags: str, model: str = "
 def summary(folder: Path) -> list[dict[str, float]]:
     with open(folder / "summary.csv") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def records(file: Path) -> Iterator[Any]:
+    """What a file of Weights & Biases holds: records in LevelDB's log format, of 32 KiB blocks, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        left_in_block = 32768 - at % 32768
+        if left_in_block < 7:
+            at += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        whole, first, last = 1, 2, 4
+        record = (b"" if kind in (whole, first) else record) + content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (whole, last):
+            yield Record.FromString(record)
+
+
+def test_the_real_client_writes_the_summary(
+    train: ModuleType, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    code, folder = run(train, digits, tmp_path, *shlex.split("--log-wandb --wandb-project digits --wandb-tags small"))
+    assert code == 0
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = list(records(file))
+    (begun,) = (record.run for record in found if record.WhichOneof("record_type") == "run")
+    assert (begun.project, begun.display_name, list(begun.tags)) == ("digits", "run", ["small"])
+    assert ("lr", "0.01") in [(item.key, item.value_json) for item in begun.config.update]
+    rows = [
+        {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [{name: value for name, value in row.items() if name[0] != "_"} for row in rows] == summary(folder)
+
+
+def test_the_real_writer_writes_the_summary_once(train: ModuleType, digits: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    code, folder = run(train, digits, tmp_path, "--log-tensorboard")
+    assert code == 0
+    (folder / "checkpoint-1.pth.tar").unlink()
+    (folder / "last.pth.tar").unlink()  # as if killed before it was written
+    assert train.main(["-c", str(folder / "args.yaml"), "--resume", str(folder / "checkpoint-0.pth.tar")]) == 0
+    events = EventAccumulator(str(folder)).Reload()
+    rows = summary(folder)
+    for name in set(rows[0]) - {"epoch"}:
+        scalars = [(event.step, event.value) for event in events.Scalars(name)]
+        assert scalars == [(row["epoch"], pytest.approx(row[name], rel=1e-6)) for row in rows]
 
 
 def test_a_row_an_epoch_as_in_the_summary(train: ModuleType, digits: Path, tmp_path: Path, wandb: Client) -> None:
