@@ -281,6 +281,8 @@ def training_state(
 ) -> dict[str, Any]:
     """What a checkpoint holds that changes while training."""
     state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True), "optimizer": optimizer.state_dict()}
+    if isinstance(generator := getattr(optimizer, "generator", None), torch.Generator):
+        state["optimizer"]["generator"] = generator.get_state()  # adahessian's, which it leaves out itself
     if loss_scaler is not None:
         state[loss_scaler.state_dict_key] = loss_scaler.state_dict()
     if isinstance(scheduler, PlateauLRScheduler):  # timm's other schedules are functions of epoch and update alone
@@ -360,6 +362,9 @@ def restore_training_state(
                 raise ValueError(f"it is of {saved_opt}")
             scales = _lr_scales(optimizer)
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if "generator" in checkpoint["optimizer"]:
+                generator = torch.Generator(optimizer.param_groups[0]["params"][0].device)
+                optimizer.generator = generator.set_state(checkpoint["optimizer"]["generator"])  # type: ignore[attr-defined]
             if _lr_scales(optimizer) != scales:  # which it has taken from the checkpoint
                 raise ValueError("it is of another --ditac-lr-scale or --layer-decay")
         except ValueError as error:

@@ -91,6 +91,8 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**_read_config(Path(config_flag.config), parser))
     args = parser.parse_args(argv)
     del args.config  # a run's args.yaml is itself a file for -c
+    if args.sched == "None":  # as published commands spell it: to timm, any name it does not know is no schedule
+        args.sched = "none"
     return _checked(args, UNSUPPORTED_IN_TRAIN)
 
 

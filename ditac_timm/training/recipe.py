@@ -11,7 +11,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from ditac_timm.training.errors import UsageError
+from ditac_timm.training.errors import UsageError, first_line
 from ditac_timm.training.model import ditac_layers
 from ditac_timm.training.refusals import mixup_is_on
 
@@ -45,6 +45,8 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--opt {args.opt} does not take these --opt-* flags or --opt-kwargs: {error}") from error
+    except (AssertionError, ImportError) as error:  # of another package (bitsandbytes, apex), which may need a GPU
+        raise UsageError(f"--opt {args.opt} does not run here: {first_line(error)}") from error
     if args.ditac_lr_scale != 1:
         scale_theta_lr(optimizer, model, args.ditac_lr_scale)
     return optimizer

@@ -1,7 +1,7 @@
 """What is refused before data or model are touched: timm's flags not supported here, and flags that contradict."""
 
 import argparse
-import importlib
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Collection
@@ -210,6 +210,9 @@ def check_train_flags(args: argparse.Namespace) -> None:
     known = [str(name) for name in list_optimizers()]
     if opt not in known:
         raise UsageError(f"--opt {args.opt} is no timm optimizer{suggestion(opt, known)}")
+    if opt.startswith("kron") and importlib.util.find_spec("opt_einsum") is None:
+        # Without, torch multiplies the factors of a convolution in the order given: gigabytes for the smallest.
+        raise UsageError(f"--opt {args.opt} needs opt_einsum, which is not installed: pip install opt_einsum")
     _check_augmentation(args)
     _check_ditac(args)
     _check_distillation(args)

@@ -7,7 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 from script_runs import write_digits
+from timm.data.auto_augment import AugmentOp
+
+import ditac_timm.training.data  # noqa: F401  (which sees to posterising)
 
 FLAGS = shlex.split("--model test_resnet --num-classes 3 --img-size 32 -b 4 -j 0 --epochs 1 --warmup-epochs 0 --lr .01")
 
@@ -66,3 +70,11 @@ def test_tars(train: ModuleType, data: Path) -> None:
             tar.add(data / split, arcname=".")
     assert run(train, data, "--train-split", "train.tar", "--val-split", "validation.tar") == 0
     assert run(train, data / "train.tar", "--val-split", "") == 0
+
+
+def test_posterising_to_no_bit_is_black() -> None:
+    """As Pillow had it before 13, and as published policies need it."""
+    operation = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
+    assert operation(Image.new("RGB", (4, 4), "white")).getextrema() == ((0, 0),) * 3
+    kept = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=5)(Image.new("RGB", (4, 4), "white"))
+    assert kept.getextrema() == ((0b11000000, 0b11000000),) * 3
