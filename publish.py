@@ -69,14 +69,14 @@ def publish(args: argparse.Namespace) -> None:
     try:
         with TemporaryDirectory() as scratch:
             folder = Path(args.dry_run or scratch)
-            top1 = write_files(args, file, folder, results, base_results)
+            architecture = write_files(args, file, folder, results, base_results)
             if args.dry_run:
                 print(folder)
                 return
             address = hub.publish(
                 folder,
                 args.repo_id,
-                message=f"{results['model']}, top-1 {top1}",
+                message=f"{architecture}, top-1 {results['top1']}",
                 revision=args.revision,
                 private=args.private,
                 replace_architecture=args.replace_architecture,
@@ -92,8 +92,8 @@ def write_files(
     folder: Path,
     results: dict[str, Any],
     base_results: dict[str, Any] | None,
-) -> float:
-    """Write what is to be published into a folder, load it back, and return its top-1, in per cent."""
+) -> str:
+    """Write what is to be published into a folder, load it back, and return its architecture."""
     flag = f"--checkpoint {args.checkpoint}"
     checkpoint = checkpoints.read_checkpoint(file, "--checkpoint")
     lacking = [key for key in ("arch", "model_args", "data_config", "args") if key not in checkpoint]
@@ -138,7 +138,7 @@ def write_files(
         card.save(folder / hub.CARD)
     _logger.info("Loading back what was saved, in a new process.")
     hub.check_reload(model, folder, tuple(checkpoint["data_config"]["input_size"]))
-    return results["top1"]
+    return checkpoint["arch"]
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -96,6 +96,7 @@ def _evaluate(args: argparse.Namespace, file: Path | None, device: torch.device)
         "dataset": args.dataset or Path(args.data_dir).resolve().name,
         "split": args.split,
         "images": len(dataset),
+        **({"test_pool": True} if args.test_pool else {}),
         "precision": f"amp {args.amp_dtype}" if args.amp else args.model_dtype or "float32",
         "top1": metrics["top1"],
         "top1_err": round(100 - metrics["top1"], 4),

@@ -240,6 +240,8 @@ def _results_section(
         "--interpolation": (results["interpolation"], saved["interpolation"]),
     }
     flags = [f"{flag} {value}" for flag, (value, default) in used.items() if value != default]
+    if str(results.get("test_pool")) == "True":
+        flags.append("--test-pool")
     precision = str(results["precision"])
     if precision.startswith("amp "):
         flags.append(f"--amp --amp-dtype {precision.removeprefix('amp ')}")
@@ -424,17 +426,16 @@ def verified_download(model_id: str, cache_dir: str | Path | None = None) -> Ite
     finally:
         repo_id, revision = hf_split(model_id)
         for name in (CONFIG, WEIGHTS):
-            file = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
-            if isinstance(file, str) and not _is_as_named(blob := Path(file).resolve()):
-                blob.unlink(missing_ok=True)
-                Path(file).unlink(missing_ok=True)
+            found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
+            if isinstance(found, str) and not _is_as_named(file := Path(found)):
+                (file.parent / file.readlink()).unlink(missing_ok=True)
+                file.unlink()
                 raise HubError(f"{name} of {model_id} was damaged in download, and is out of the cache: load it again")
 
 
-def _is_as_named(blob: Path) -> bool:
-    if blob.parent.name != "blobs":  # a system without links
+def _is_as_named(file: Path) -> bool:
+    """Whether a file's bytes have the hash that the link to them names: of a large file SHA-256, else Git's."""
+    if not file.is_symlink() or len(name := file.readlink().name) not in (40, 64):
         return True
-    if len(blob.name) == 40:
-        return git_hash(blob.read_bytes()) == blob.name
-    with open(blob, "rb") as file:
-        return len(blob.name) != 64 or sha_fileobj(file).hex() == blob.name
+    with open(file, "rb") as stream:
+        return name == (git_hash(stream.read()) if len(name) == 40 else sha_fileobj(stream).hex())

@@ -7,15 +7,20 @@ from another host (`localhost` for `127.0.0.1`), as the Hub sends clients to its
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 TOKEN, READ_ONLY = "hf_loopbackWriter", "hf_loopbackReader"
 
@@ -382,3 +387,31 @@ _ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
 def _etag(file: "bytes | Large") -> str:
     """A large file's SHA-256, another one's name in Git."""
     return file.oid if isinstance(file, Large) else hashlib.sha1(b"blob %d\0" % len(file) + file).hexdigest()
+
+
+@contextmanager
+def hub_for_this_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server that huggingface_hub speaks to in this process, with a token that may write, and an empty cache.
+
+    huggingface_hub reads these constants at every call; its own environment variables it has read at import.
+    """
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def environment(server: HubServer, home: Path) -> dict[str, str]:
+    """The same for a process to be started, by the variables that a user has."""
+    return os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1",
+    }
