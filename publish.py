@@ -116,7 +116,7 @@ def write_files(
             (folder / hub.BASE_RESULTS).write_text(json.dumps(base_results, indent=4))
         layers = sum(isinstance(module, DiTAC) for module in model.modules())
         if layers:
-            _write_picture(model, file, folder, flags, args.use_ema)
+            _write_picture(model, file, folder, checkpoint, args.use_ema)
         (folder / hub.FLAGS).write_text(yaml.safe_dump(flags, default_flow_style=False))
         (folder / hub.RESULTS).write_text(json.dumps(results, indent=4))
         if (summary := file.parent / hub.SUMMARY).is_file():
@@ -216,11 +216,12 @@ def _origin(model: Any, flags: dict[str, Any]) -> tuple[str | None, str | None]:
     return (model.pretrained_cfg.get("hf_hub_id"), model.pretrained_cfg.get("license")) if not source else (None, None)
 
 
-def _write_picture(model: Any, file: Path, folder: Path, flags: dict[str, Any], use_ema: bool) -> None:
+def _write_picture(model: Any, file: Path, folder: Path, checkpoint: dict[str, Any], use_ema: bool) -> None:
     """The run's own picture, over histograms of inputs, where it is of these weights; else one of the curves alone."""
-    drawn = file.with_name(hub.PICTURE)
+    drawn, flags = file.with_name(hub.PICTURE), checkpoint["args"]
     averaged = bool(flags.get("model_ema") and not flags.get("model_ema_force_cpu"))
-    if drawn.is_file() and file.name == checkpoints.LAST and averaged == use_ema:
+    ended = flags.get("plot_activations") or checkpoint.get("epoch", -1) + 1 == flags.get("epochs")
+    if drawn.is_file() and file.name == checkpoints.LAST and ended and averaged == use_ema:
         shutil.copyfile(drawn, folder / hub.PICTURE)
         return
     try:

@@ -310,7 +310,7 @@ def publish(
         The commit's address.
 
     Raises:
-        HubError: Nothing was published.
+        HubError: Nothing was published, or the connection was lost at the end, and it says so.
     """
     api = api or HfApi(library_name="ditac_timm")
     if not (api.token or get_token()):
@@ -321,7 +321,7 @@ def publish(
             repository = _patiently(lambda: api.model_info(repo_id))
         except RepositoryNotFoundError:
             _patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-            made = f"; {repo_id} was made and is empty"
+            made = f"; {repo_id} was made for it"
             repository = _patiently(lambda: api.model_info(repo_id))
         if private and not repository.private:
             raise HubError(f"{repo_id} is public already: leave --private out, or name another repository")
@@ -336,7 +336,9 @@ def publish(
     except HubError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # what huggingface_hub raises
-        raise HubError(f"{_reason(error, repo_id)}; nothing was published{made}") from error
+        known = isinstance(error, HfHubHTTPError) or not isinstance(error, HTTPError)
+        outcome = "nothing was published" if known else f"whether anything was published, {repo_id} itself will show"
+        raise HubError(f"{_reason(error, repo_id)}; {outcome}{made}") from error
     return commit
 
 
@@ -356,7 +358,10 @@ def _check_architecture(api: HfApi, repo_id: str, head: Any, config: Mapping[str
     if CONFIG not in {file.rfilename for file in head.siblings or []}:
         return
     file = _patiently(lambda: api.hf_hub_download(repo_id, CONFIG, revision=head.sha))
-    there = _architecture(json.loads(Path(file).read_text()))
+    try:
+        there = _architecture(json.loads(Path(file).read_text()))
+    except ValueError:
+        there = "no model of timm"
     if there != (ours := _architecture(config)):
         raise HubError(
             f"{repo_id} holds {there} and this is {ours}: name another repository, or give --replace-architecture"
@@ -391,8 +396,10 @@ def _reason(error: BaseException, repo_id: str) -> str:
     """One sentence of what huggingface_hub raised."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # an upload's error is inside another
         error = error.__cause__
+    if isinstance(error, json.JSONDecodeError):
+        return "the Hub's answer is no JSON, as of a server that is down or a proxy"
     if not isinstance(error, HfHubHTTPError):
-        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        said = " ".join(str(error).split()) or type(error).__name__
         return f"the Hub was not reached: {said}" if isinstance(error, HTTPError | ConnectionError) else said
     status, said = error.response.status_code, " ".join((error.server_message or "").split())
     reasons = {
@@ -403,7 +410,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
         412: f"somebody else has committed to {repo_id} meanwhile: look at it, and publish again",
         413: f"{repo_id} does not take files as large as these",
     }
-    busy = f"the Hub is busy, and was at {len(_WAITS) + 1} tries: publish again later"
+    busy = "the Hub is busy, and stayed so: publish again later"
     reason = busy if status in _PASSES else reasons.get(status, "the Hub refused")
     return f"{reason} ({status}{f', {said}' if said else ''})"
 

@@ -69,7 +69,7 @@ class Fault:
     """What goes wrong with the next requests of a method whose path matches.
 
     Attributes:
-        status: Answered instead, with `headers`.
+        status: Answered instead, with `headers`; with a `page`, as HTML.
         cut: The connection ends after so many bytes of the body: of the answer's, or of a PUT's or POST's own.
         lose: The request is done, and its answer lost.
         damage: Bytes of the answer's body are others, as many as they were.
@@ -81,6 +81,7 @@ class Fault:
     times: int = 1
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    page: bool = False
     cut: int | None = None
     lose: bool = False
     damage: bool = False
@@ -166,7 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.before:
             self.fault.before()
         if self.fault and self.fault.status:
-            return self._answer(self.fault.status, {"error": "as injected"}, self.fault.headers)
+            content = b"<html>" if self.fault.page else {"error": "as injected"}
+            return self._answer(self.fault.status, content, self.fault.headers)
         with self.server.lock:
             for method, pattern, act in _ROUTES:
                 found = re.fullmatch(pattern, self.path_only)

@@ -195,6 +195,24 @@ def test_another_architecture_is_refused(server, files, tmp_path):
     assert_same(load(), plain.eval())
 
 
+def test_a_repository_of_something_else_is_refused(server, files):
+    repository = server.create(REPO)
+    repository.commit("main", "a tokenizer", {"config.json": b"{"})
+    with pytest.raises(hub.HubError, match="holds no model of timm and this is ditac on test_vit"):
+        publish(files)
+    assert server.files(REPO) == {"config.json": b"{"}
+
+
+def test_answers_that_are_no_json(server, files, no_waiting):
+    """Of a proxy in between, say."""
+    server.inject("POST", "/validate-yaml", times=1000, status=502, page=True)
+    with pytest.raises(
+        hub.HubError, match=r"the Hub's answer is no JSON, .*; nothing was published; me/tiny_ditac was"
+    ):
+        publish(files)
+    assert published(server) == {}
+
+
 def test_no_token(server, files, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -298,7 +316,9 @@ def test_what_does_not_pass_leaves_nothing(server, files, no_waiting, request_, 
     with pytest.raises(hub.HubError) as refused:
         publish(second)
     assert "\n" not in str(refused.value)
-    assert "nothing was published" in str(refused.value)
+    unknown = "cut" in fault and request_ not in ("upload", "verify")  # nobody can say, after a lost connection
+    outcome = f"whether anything was published, {REPO} itself will show" if unknown else "nothing was published"
+    assert str(refused.value).endswith(f"; {outcome}")
     expected = {503: "the Hub is busy", 403: "has no right to write"}.get(
         fault.get("status"), "the Hub was not reached"
     )
@@ -312,7 +332,7 @@ def test_what_does_not_pass_leaves_nothing(server, files, no_waiting, request_, 
 
 def test_a_new_repository_that_stays_empty_is_named(server, files, no_waiting):
     server.inject("PUT", "/storage/", times=1000, status=503)
-    with pytest.raises(hub.HubError, match="nothing was published; me/tiny_ditac was made and is empty"):
+    with pytest.raises(hub.HubError, match="nothing was published; me/tiny_ditac was made for it"):
         publish(files)
     assert published(server) == {}
 
@@ -320,7 +340,7 @@ def test_a_new_repository_that_stays_empty_is_named(server, files, no_waiting):
 def test_no_network(server, files, no_waiting):
     server.shutdown()
     server.server_close()
-    with pytest.raises(hub.HubError, match=r"the Hub was not reached: .*; nothing was published"):
+    with pytest.raises(hub.HubError, match=r"the Hub was not reached: .*; whether anything was published"):
         publish(files)
 
 
@@ -408,13 +428,17 @@ def test_a_busy_hub(there, model, no_waiting, fault):
     assert_same(load(), model)
 
 
-@pytest.mark.parametrize("path", ["/storage/", "config.json"])
-@pytest.mark.parametrize("create", [timm.create_model, ditac_timm.create_model])
-def test_damage_in_download_is_refused_and_not_kept(there, model, path, create):
+@pytest.mark.parametrize(
+    ("create", "path"),
+    [  # and not timm's with config.json, which it reads before DiTAC is asked for
+        (timm.create_model, "/storage/"),
+        (ditac_timm.create_model, "/storage/"),
+        (ditac_timm.create_model, "config.json"),
+    ],
+)
+def test_damage_in_download_is_refused_and_not_kept(there, model, create, path):
     """Bytes that are others, as many as they were: huggingface_hub takes them."""
     there.inject("GET", path, damage=True)
-    if path == "config.json" and create is timm.create_model:
-        pytest.skip("timm itself reads config.json, before DiTAC is asked for")
     with pytest.raises(RuntimeError, match="of me/tiny_ditac was damaged in download, and is out of the cache"):
         create(f"hf-hub:{REPO}", pretrained=True)
     assert_same(load(), model)
@@ -439,31 +463,26 @@ THETA = "blocks.2.mlp.act.theta"
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "sentence"),
+    ("change", "sentence"),
     [
-        (lambda w: w.pop(THETA), RuntimeError, "lacks theta of 1 of the model's 6 DiTAC activations"),
+        (lambda w: w.pop(THETA), "lacks theta of 1 of the model's 6 DiTAC activations"),
         (
             lambda w: [w.pop(key) for key in [*w] if key.endswith(".theta")],
-            RuntimeError,
             "lacks theta of 6 of the model's 6 DiTAC activations",
         ),
         (
             lambda w: w.update({THETA: torch.zeros(5)}),
-            RuntimeError,
             f"{THETA} has 5 numbers and the model's 9; it belongs to a model with another number of DiTAC cells",
         ),
-        (lambda w: w.pop("norm.weight"), RuntimeError, "Missing key"),
     ],
 )
-@pytest.mark.parametrize("classes", [7, 3])
-def test_weights_that_do_not_fit(files, tmp_path, change, error, sentence, classes):
+@pytest.mark.parametrize("classes", [7, 3])  # with another head timm is not strict
+def test_thetas_that_do_not_fit(files, tmp_path, change, sentence, classes):
     folder = shutil.copytree(files, tmp_path / "folder")
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
-    if classes == 3 and "Missing key" in sentence:
-        pytest.skip("with another head timm takes what there is of the base")
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(RuntimeError, match=sentence):
         timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
 
 
@@ -493,7 +512,7 @@ def test_the_server_refuses_what_the_hub_would(server, files, tmp_path):
     """A card that is no YAML, and content that is not of its name."""
     broken = shutil.copytree(files, tmp_path / "broken")
     (broken / "README.md").write_text("---\nmodel-index: [\n---\n")
-    with pytest.raises(hub.HubError, match="nothing was published"):
+    with pytest.raises(hub.HubError, match=r"Invalid metadata in README.md. - .*; nothing was published"):
         publish(broken)
     assert published(server) == {}
     assert yaml.safe_load((files / "README.md").read_text().split("---")[1])["model-index"]

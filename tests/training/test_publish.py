@@ -143,6 +143,24 @@ def test_a_plain_model_beside_which_nothing_is_claimed(
     assert not (tmp_path / "out" / "activations.png").exists()
 
 
+def test_what_it_started_from(
+    script: ModuleType, run: Path, results: Path, tmp_path: Path, no_reload: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights that --pretrained took, with their licence; a picture of another epoch is not this one's."""
+    checkpoint = torch.load(run / "last.pth.tar", weights_only=True)
+    (tmp_path / "activations.png").write_bytes(b"of the epoch before")
+    argv = ["--checkpoint", str(tmp_path), "--use-ema", "--results", str(results), "--repo-id", REPO]
+    for name, started_from in (("test_vit_ditac", "timm/test_vit.r160_in1k"), ("hf-hub:me/base@main", "me/base")):
+        checkpoint["args"] |= {"pretrained": True, "model": name, "epochs": 3}
+        torch.save(checkpoint, tmp_path / "last.pth.tar")
+        out = tmp_path / started_from.replace("/", "_")
+        assert script.main([*argv, "--dry-run", str(out)]) == 0
+        card = ModelCard.load(out / "README.md")
+        assert (card.data.base_model, card.data.license) == (started_from, "apache-2.0")
+        assert f"started from `{started_from}`" in card.text
+        assert (out / "activations.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_beside_its_base(
     script: ModuleType,
     run: Path,
