@@ -22,6 +22,7 @@ import torch
 from timm import utils
 from timm.layers import apply_test_time_pool, set_fast_norm
 
+from ditac_timm.hub import weights_sha256
 from ditac_timm.training import checkpoint as checkpoints
 from ditac_timm.training import data
 from ditac_timm.training import model as models
@@ -75,6 +76,7 @@ def _evaluate(args: argparse.Namespace, file: Path | None, device: torch.device)
     data.check_classes(args, dataset, args.split, model.num_classes)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights = weights_sha256(model)
     if args.reparam:
         model = utils.reparameterize_model(model)
     if args.test_pool:
@@ -90,6 +92,12 @@ def _evaluate(args: argparse.Namespace, file: Path | None, device: torch.device)
     return {
         "model": name,
         **({"checkpoint": str(file), "epoch": checkpoint.get("epoch")} if file else {}),
+        "weights_sha256": weights,
+        "dataset": args.dataset or Path(args.data_dir).resolve().name,
+        "split": args.split,
+        "images": len(dataset),
+        **({"test_pool": True} if args.test_pool else {}),
+        "precision": f"amp {args.amp_dtype}" if args.amp else args.model_dtype or "float32",
         "top1": metrics["top1"],
         "top1_err": round(100 - metrics["top1"], 4),
         "top5": metrics["top5"],
@@ -122,12 +130,7 @@ def create_model(args: argparse.Namespace, checkpoint: dict[str, Any]) -> tuple[
     flag = f"--checkpoint {args.checkpoint}"
     checkpoints.check_same_model(checkpoint, flag, name, arguments)
     model = models.build_model(name, arguments)
-    if args.use_ema and "state_dict_ema" not in checkpoint:
-        raise UsageError(f"--use-ema: {args.checkpoint} holds no averaged weights, train with --model-ema")
-    weights = checkpoint["state_dict_ema" if args.use_ema else "state_dict"]
-    # --split-bn's extra batch norms serve augmented images in training only.
-    weights = {name: value for name, value in weights.items() if ".aux_bn." not in name}
-    checkpoints.load_weights(model, weights, flag)
+    checkpoints.load_weights(model, checkpoints.weights_to_evaluate(checkpoint, args), flag)
     _log_how_it_was_evaluated(args, checkpoint)
     return model, name
 

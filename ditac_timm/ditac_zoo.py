@@ -17,11 +17,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import model_entrypoint, register_model, split_model_name_tag
+from timm.models import model_entrypoint, parse_model_name, register_model, split_model_name_tag
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
 from .activation import DiTAC
+from .hub import verified_download
 from .surgery import NothingMatchedError, SurgeryReport, replace_activations
 
 __all__ = ["create_model"]  # register_model adds the architectures
@@ -40,6 +41,18 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def base_of(architecture: str, model_args: Mapping[str, Any]) -> str | None:
+    """The timm architecture, without a tag, whose activations an architecture of this file replaces; None of others.
+
+    Args:
+        architecture: A registered name, as `config.json` has it.
+        model_args: The arguments saved beside it.
+    """
+    if architecture == "ditac":
+        return split_model_name_tag(model_args["base"])[0]
+    return _VARIANTS[architecture][0] if architecture in _VARIANTS else None
+
+
 def create_model(model_name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """`timm.create_model` that also takes `<architecture>_ditac` for any timm architecture.
 
@@ -53,9 +66,14 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs) -> nn.Modu
         The model.
 
     Raises:
-        RuntimeError: timm does not know the architecture.
+        RuntimeError: timm does not know the architecture, or a file of the Hub's was damaged in download.
     """
-    if ":" not in model_name:
+    if ":" in model_name:
+        source, place = parse_model_name(model_name)
+        if source == "hf-hub":
+            with verified_download(place, kwargs.get("cache_dir")):
+                return timm.create_model(model_name, pretrained, **kwargs)
+    else:
         name, tag = split_model_name_tag(model_name)
         base = name.removesuffix("_ditac")
         if base != name and not timm.is_model(name) and timm.is_model(base):
@@ -105,8 +123,17 @@ def _build(
         raise RuntimeError(f"base must be the name of a timm architecture, but is {base!r}.")
     if base == "ditac" or base in _VARIANTS:
         raise RuntimeError(f"base must be a timm architecture without DiTAC, but is {base!r}.")
-    with _surgery_at_construction(arguments):
+    # What was saved with DiTAC, and says so, must have every theta.
+    saved = pretrained_cfg if isinstance(pretrained_cfg, dict) and not kwargs.get("pretrained_cfg_overlay") else {}
+    source = saved.get("source") if pretrained else None
+    with contextlib.ExitStack() as stack:
+        if source == "hf-hub":
+            stack.enter_context(verified_download(saved["hf_hub_id"], kwargs.get("cache_dir")))
+        stack.enter_context(_surgery_at_construction(arguments, needs_thetas=source in ("hf-hub", "local-dir")))
         model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=pretrained_cfg or tag or None, **kwargs)
+    for module in model.modules():  # features hold it one level down
+        if isinstance(module, _WithDiTAC):
+            module.ditac_needs_thetas = False
     model.pretrained_cfg = {**model.pretrained_cfg, "architecture": architecture}
     model.default_cfg = model.pretrained_cfg
     return model
@@ -116,7 +143,7 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def _surgery_at_construction(arguments: Mapping[str, Any]) -> Iterator[None]:
+def _surgery_at_construction(arguments: Mapping[str, Any], needs_thetas: bool) -> Iterator[None]:
     """While this lasts, every model that timm's builder constructs gets its activations replaced at once.
 
     Each of timm's model files holds the builder by name, and a base's entrypoint passes to it what only the base
@@ -128,7 +155,7 @@ def _surgery_at_construction(arguments: Mapping[str, Any]) -> Iterator[None]:
     def build(model_cls: Callable[..., nn.Module], *args, **kwargs) -> nn.Module:
         if threading.get_ident() != thread:  # someone else's model, meanwhile
             return builder(model_cls, *args, **kwargs)
-        return builder(functools.partial(_construct, model_cls, arguments), *args, **kwargs)
+        return builder(functools.partial(_construct, model_cls, arguments, needs_thetas), *args, **kwargs)
 
     with _lock:
         holders = [
@@ -145,12 +172,15 @@ def _surgery_at_construction(arguments: Mapping[str, Any]) -> Iterator[None]:
                 module.build_model_with_cfg = builder  # type: ignore[attr-defined]
 
 
-def _construct(model_cls: Callable[..., nn.Module], arguments: Mapping[str, Any], **kwargs) -> nn.Module:
+def _construct(
+    model_cls: Callable[..., nn.Module], arguments: Mapping[str, Any], needs_thetas: bool, **kwargs
+) -> nn.Module:
     model = model_cls(**kwargs)
     before = set(model.state_dict())
     model.ditac_report = replace_activations(model, **arguments)  # type: ignore[assignment]
     model.ditac_removed_keys = frozenset(before - set(model.state_dict()))  # type: ignore[assignment]
     model.ditac_arguments = dict(arguments)  # type: ignore[assignment]
+    model.ditac_needs_thetas = needs_thetas  # type: ignore[assignment]
     model.__class__ = _class_with_ditac(type(model))
     return model
 
@@ -161,6 +191,7 @@ class _WithDiTAC(nn.Module):
     ditac_report: SurgeryReport
     ditac_arguments: dict[str, Any]
     ditac_removed_keys: frozenset[str]
+    ditac_needs_thetas: bool = False  # while what was saved with DiTAC is loaded
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -172,7 +203,9 @@ class _WithDiTAC(nn.Module):
         if stem in state_dict and stem not in thetas and twin in thetas:
             state_dict[twin] = state_dict.pop(stem)
         missing = [key for key in thetas if key not in state_dict]
-        if len(missing) == len(thetas) and not any(key.endswith(".theta") for key in state_dict):
+        none = len(missing) == len(thetas) and not any(key.endswith(".theta") for key in state_dict)
+        other = [key for key in thetas if key in state_dict and state_dict[key].shape != thetas[key].shape]
+        if none and not self.ditac_needs_thetas:
             state_dict.update(thetas)
             for name in self.ditac_removed_keys:  # weights of the activations replaced
                 state_dict.pop(prefix + name, None)
@@ -181,6 +214,11 @@ class _WithDiTAC(nn.Module):
             error_msgs.append(
                 f"The checkpoint lacks theta of {len(missing)} of the model's {len(thetas)} DiTAC activations "
                 f"(the first: {missing[0]}); it belongs to a model with other DiTAC settings."
+            )
+        elif other:
+            error_msgs.append(
+                f"The checkpoint's {other[0]} has {state_dict[other[0]].numel()} numbers and the model's "
+                f"{thetas[other[0]].numel()}; it belongs to a model with another number of DiTAC cells."
             )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

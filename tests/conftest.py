@@ -1,6 +1,18 @@
 """What the whole test run shares."""
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer, hub_for_this_process
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hugging Face Hub of this test's own, on the loopback interface."""
+    with hub_for_this_process(tmp_path / "hub_cache", monkeypatch) as server:
+        yield server
 
 
 def pytest_terminal_summary(terminalreporter):

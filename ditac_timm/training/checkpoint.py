@@ -163,6 +163,15 @@ def check_same_model(checkpoint: dict[str, Any], flag: str, name: str, arguments
             raise UsageError(f"{flag} is a checkpoint with {option} {as_typed(was)}, {remedy}")
 
 
+def weights_to_evaluate(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The weights that --checkpoint and --use-ema ask for."""
+    if args.use_ema and "state_dict_ema" not in checkpoint:
+        raise UsageError(f"--use-ema: {args.checkpoint} holds no averaged weights, train with --model-ema")
+    weights = checkpoint["state_dict_ema" if args.use_ema else "state_dict"]
+    # --split-bn's extra batch norms serve augmented images in training only.
+    return {name: value for name, value in weights.items() if ".aux_bn." not in name}
+
+
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], flag: str) -> None:
     """Load weights that fit; refuse others, saying what does not fit. A base's weights fit its DiTAC model."""
     try:

@@ -1,4 +1,4 @@
-"""The command lines of `train.py` and `validate.py`: timm's flags, with timm's names, defaults and meaning."""
+"""The command lines of `train.py` and `validate.py`, timm's flags with timm's meaning, and of `publish.py`."""
 
 import argparse
 import logging
@@ -99,6 +99,33 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def parse_validate_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse `validate.py`'s flags."""
     return _checked(validate_parser().parse_args(argv), UNSUPPORTED_IN_VALIDATE)
+
+
+def publish_parser() -> argparse.ArgumentParser:
+    """Build the parser of `publish.py`."""
+    parser = _Parser(
+        prog="publish.py",
+        description="Publish a checkpoint on the Hugging Face Hub.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a run's checkpoint, or its folder for its last.pth.tar")
+    add("--use-ema", action="store_true", help="publish the checkpoint's averaged weights")
+    add("--repo-id", required=True, metavar="OWNER/NAME", help="the repository, made where missing")
+    add("--revision", metavar="BRANCH", help="its branch, made where missing; main if not given")
+    add("--private", action="store_true", help="make a new repository private")
+    add("--results", default="", metavar="FILE", help="what validate.py --results-file wrote of these weights")
+    add("--base-results", default="", metavar="FILE", help="the same of the base, to compare with")
+    add("--license", metavar="NAME", help="of the weights; by default the pretrained ones', else apache-2.0")
+    add("--dataset-id", metavar="ID", help="the Hub's name of the dataset, imagenet-1k for one")
+    add("--replace-architecture", action="store_true", help="where the repository holds another architecture")
+    add("--dry-run", metavar="DIR", help="write the files there, and publish nothing")
+    return parser
+
+
+def parse_publish_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse `publish.py`'s flags."""
+    return publish_parser().parse_args(argv)
 
 
 def _checked(args: argparse.Namespace, unsupported: Sequence[Unsupported]) -> argparse.Namespace:

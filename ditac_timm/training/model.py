@@ -7,6 +7,8 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import get_model_input_config, load_model_config_from_hf, parse_model_name
 from timm.models._hub import load_model_config_from_path
@@ -126,7 +128,10 @@ def build_model(
     try:
         return create_model(name, **_with_saved_settings(name, arguments), **kwargs)
     # Whatever timm, the Hub and an architecture's own checks raise where a name, a file or an argument is wrong.
-    except (OSError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError) as error:
+    except (
+        OSError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError,
+        SafetensorError, HTTPError,
+    ) as error:  # fmt: skip
         if "unexpected keyword argument" in str(error):
             refused = str(error).rpartition("argument ")[2]
             if refused == "'ditac'":
