@@ -108,26 +108,9 @@ def create_model(args: argparse.Namespace, checkpoint: dict[str, Any]) -> tuple[
     Returns:
         The model on the CPU, and its name.
     """
-    name = args.model or checkpoint.get("arch")
-    if name is None:
-        raise UsageError(f"--checkpoint {args.checkpoint} does not name its architecture: give --model")
-    if not args.model:
-        models.check_model_name(name)
     if args.fast_norm:
         set_fast_norm()
-    arguments = {**checkpoint.get("model_args", {}), **models.model_arguments(args)}
-    if not checkpoint:
-        arguments |= models.image_size_argument(name, arguments, args)
-        return models.build_model(name, arguments, pretrained=True), name
-    flag = f"--checkpoint {args.checkpoint}"
-    checkpoints.check_same_model(checkpoint, flag, name, arguments)
-    model = models.build_model(name, arguments)
-    if args.use_ema and "state_dict_ema" not in checkpoint:
-        raise UsageError(f"--use-ema: {args.checkpoint} holds no averaged weights, train with --model-ema")
-    weights = checkpoint["state_dict_ema" if args.use_ema else "state_dict"]
-    # --split-bn's extra batch norms serve augmented images in training only.
-    weights = {name: value for name, value in weights.items() if ".aux_bn." not in name}
-    checkpoints.load_weights(model, weights, flag)
+    model, name = checkpoints.create_model(args, checkpoint, pretrained=True)
     _log_how_it_was_evaluated(args, checkpoint)
     return model, name
 
