@@ -26,7 +26,7 @@ from ditac_timm.training import checkpoint as checkpoints
 from ditac_timm.training import data
 from ditac_timm.training import model as models
 from ditac_timm.training.device import Precision, init_device, resolve_device
-from ditac_timm.training.errors import UsageError, run_script
+from ditac_timm.training.errors import run_script
 from ditac_timm.training.flags import parse_validate_flags
 from ditac_timm.training.loop import evaluate
 from ditac_timm.training.refusals import check_validate_flags

@@ -51,7 +51,7 @@ class FrozenDiTAC(nn.Module):
         in_order = _permuted(x, order)
         wide = in_order.to(self.lines.dtype)
         if self.least > -math.inf:
-            wide = wide.clamp(min=self.least)
+            wide = wide.clamp(self.least, math.inf)  # without its upper end, ONNX Runtime makes inf the largest number
         wide = wide.reshape(_rows(x), -1)
         bins = self._bins(wide.detach())
         intercept, slope = (_gather(line, bins) for line in self.lines)
@@ -61,7 +61,8 @@ class FrozenDiTAC(nn.Module):
     def _bins(self, x: Tensor) -> Tensor:
         """The bin of each element, int32; any for NaN."""
         last = self.lines.shape[1] - 1
-        if _exporting_to_onnx():  # two operators for four; the shift keeps rounding from putting an edge a bin too low
+        if _exporting_to_onnx() and x.dtype == torch.float32:  # two operators for four; float64's are not everywhere
+            # Rounding must not put a domain's end, where an activation may jump, a bin too low.
             shift = 1 + 2e-7 * last
             position = last * _hard_sigmoid(x, 1 / (self.width * last), (shift - self.low / self.width) / last)
         else:

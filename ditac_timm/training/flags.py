@@ -1,4 +1,4 @@
-"""The command lines of `train.py`, `validate.py` and `export.py`: timm's flags, with timm's names, defaults and meaning."""
+"""The command lines of the scripts: timm's flags, with timm's names, defaults and meaning."""
 
 import argparse
 import logging

@@ -151,6 +151,7 @@ _RULES: dict[str, _Rule] = {
     "num_classes": _COUNT,
     "img_size": _COUNT,
     "in_chans": _COUNT,
+    "opset": ("a whole number of at least 18", lambda value: value >= 18),
     "workers": _NOT_NEGATIVE,
     "seed": _NOT_NEGATIVE,
     "crop_pct": _POSITIVE,
