@@ -1,6 +1,7 @@
 """The form of DiTAC for deployment."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class FrozenDiTAC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In the order of memory a row is a view, and y gets x's strides; a compiler chooses its own, ONNX has none.
-        order = range(x.ndim) if torch.compiler.is_compiling() else x.dim_order()
+        order: Sequence[int] = range(x.ndim) if torch.compiler.is_compiling() else x.dim_order()
         in_order = _permuted(x, order)
         wide = in_order.to(self.lines.dtype)
         if self.least > -math.inf:
@@ -78,7 +79,7 @@ def _rows(x: Tensor) -> int:
     return math.gcd(known, 1 << wanted.bit_length() - 1) if wanted else 1
 
 
-def _permuted(x: Tensor, order) -> Tensor:
+def _permuted(x: Tensor, order: Sequence[int]) -> Tensor:
     return x if list(order) == list(range(x.ndim)) else x.permute(tuple(order))
 
 

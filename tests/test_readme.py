@@ -9,7 +9,7 @@ import timm.models._builder
 import torch
 
 from ditac_timm.benchmarking import flags as benchmark_flags
-from ditac_timm.training.flags import parse_train_flags, parse_validate_flags
+from ditac_timm.training.flags import parse_export_flags, parse_train_flags, parse_validate_flags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -71,7 +71,12 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[script]).is_file()
     assert words[:script] == ["python"] or words[0] == "torchrun"
-    parse = {"train.py": parse_train_flags, "validate.py": parse_validate_flags, "benchmark.py": benchmark_flags.parse}
+    parse = {
+        "train.py": parse_train_flags,
+        "validate.py": parse_validate_flags,
+        "export.py": parse_export_flags,
+        "benchmark.py": benchmark_flags.parse,
+    }
     parse[words[script]](words[script + 1 :])
 
 

@@ -133,7 +133,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """Parse, refuse what contradicts, and fill in what the mode implies.
 
-    `mode` becomes "--model", "--pair", "--table10", "--bench op" or "--bench onnx", and `phases` what is timed: "infer", "train".
+    `mode` becomes "--model", "--pair", "--table10", "--bench op" or "--bench onnx", and `phases` what is timed:
+    "infer", "train".
     """
     built = parser(description)
     args = built.parse_args(argv)
