@@ -53,11 +53,14 @@ class FrozenDiTAC(nn.Module):
         wide = in_order.to(self.lines.dtype)
         if self.least > -math.inf:
             wide = wide.clamp(self.least, math.inf)  # without its upper end, ONNX Runtime makes inf the largest number
-        wide = wide.reshape(_rows(x), -1)
+        # By way of one axis: torch.export would else ask of a dynamic axis whether the rows divide it.
+        wide = wide.reshape(-1).reshape(_rows(x), -1)
         bins = self._bins(wide.detach())
         intercept, slope = (_gather(line, bins) for line in self.lines)
         y = torch.addcmul(intercept, slope, wide)
-        return _permuted(y.reshape(in_order.shape).to(x.dtype), [order.index(axis) for axis in range(x.ndim)])
+        return _permuted(
+            y.reshape(-1).reshape(in_order.shape).to(x.dtype), [order.index(axis) for axis in range(x.ndim)]
+        )
 
     def _bins(self, x: Tensor) -> Tensor:
         """The bin of each element, int32; any for NaN."""

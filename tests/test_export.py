@@ -87,6 +87,15 @@ def test_shapes_that_are_cut_into_rows_differently(opset):
         torch.testing.assert_close(run(exported, x), module(x), rtol=0, atol=1e-5)
 
 
+def test_torch_export_of_several_rows():
+    module, shape = DiTAC(init="prior").eval(), (24, 24, 64)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(module.fuse(), (torch.randn(3, *shape),), dynamic_shapes=shapes)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, *shape)
+        torch.testing.assert_close(program.module()(x), module(x), rtol=0, atol=1e-5)
+
+
 def test_a_batch_of_one_size_and_a_scalar_activation():
     module = DiTAC(init="prior").eval()
     for x in (torch.randn(3, 7), torch.randn(1, 1)):
