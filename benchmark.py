@@ -7,6 +7,7 @@
     python benchmark.py --table10                                               the paper's table 10 on this machine
     python benchmark.py --bench op                                              DiTAC beside GELU and other activations
     python benchmark.py --bench loop --model mobilenetv3_ditac -b 8             train.py's loop over a bare one
+    python benchmark.py --bench onnx                                            every variant over its base, as ONNX
 
 What is compared is timed in one process in turn, round by round, in an order that turns about; a ratio is the median
 of the rounds' own ratios, with its quartiles. Peak memory is of tensors, and repeats to the byte. With --results-file
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 from timm.layers import set_fast_norm
 
-from ditac_timm.benchmarking import flags, models, operators, report, training_loop
+from ditac_timm.benchmarking import flags, models, onnx, operators, report, training_loop
 from ditac_timm.benchmarking.memory import reported_shortage
 from ditac_timm.training.device import Precision, resolve_device
 from ditac_timm.training.errors import UsageError, run_script, suggestion
@@ -50,7 +51,7 @@ def benchmark(args: argparse.Namespace, argv: Sequence[str]) -> None:
     results_file = Path(args.results_file) if args.results_file else None
     if results_file:
         report.check_writable(results_file)
-    names = {"--model": [args.model], "--bench loop": [args.model], "--pair": args.pair}.get(args.mode, [])
+    names = {"--model": [args.model], "--bench loop": [args.model]}.get(args.mode, args.pair or [])
     with _named(args.mode):
         for name in names:
             check_model_name(name)
@@ -68,14 +69,14 @@ def benchmark(args: argparse.Namespace, argv: Sequence[str]) -> None:
     surroundings = report.environment(device, argv)  # before the measurement, which itself loads the machine
 
     batches = f"--batch-size {' '.join(map(str, args.batch_size))}"
-    large = {"--model": batches, "--bench loop": batches, "--pair": batches, "--bench op": "--sizes"}.get(
-        args.mode, args.mode
-    )
+    large = {"--bench op": "--sizes", "--table10": "--table10"}.get(args.mode, batches)
     with _named(args.mode), reported_shortage(large, device):
         if args.mode == "--bench op":
             tables = operators.benchmark(args, device)
         elif args.mode == "--bench loop":
             tables = training_loop.benchmark(args, precision)
+        elif args.mode == "--bench onnx":
+            tables = onnx.benchmark(args, precision)
         elif args.mode == "--table10":
             tables = models.table10(args, precision)
         elif args.mode == "--pair":

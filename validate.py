@@ -27,7 +27,7 @@ from ditac_timm.training import checkpoint as checkpoints
 from ditac_timm.training import data
 from ditac_timm.training import model as models
 from ditac_timm.training.device import Precision, init_device, resolve_device
-from ditac_timm.training.errors import UsageError, run_script
+from ditac_timm.training.errors import run_script
 from ditac_timm.training.flags import parse_validate_flags
 from ditac_timm.training.loop import evaluate
 from ditac_timm.training.refusals import check_validate_flags
@@ -116,21 +116,9 @@ def create_model(args: argparse.Namespace, checkpoint: dict[str, Any]) -> tuple[
     Returns:
         The model on the CPU, and its name.
     """
-    name = args.model or checkpoint.get("arch")
-    if name is None:
-        raise UsageError(f"--checkpoint {args.checkpoint} does not name its architecture: give --model")
-    if not args.model:
-        models.check_model_name(name)
     if args.fast_norm:
         set_fast_norm()
-    arguments = {**checkpoint.get("model_args", {}), **models.model_arguments(args)}
-    if not checkpoint:
-        arguments |= models.image_size_argument(name, arguments, args)
-        return models.build_model(name, arguments, pretrained=True), name
-    flag = f"--checkpoint {args.checkpoint}"
-    checkpoints.check_same_model(checkpoint, flag, name, arguments)
-    model = models.build_model(name, arguments)
-    checkpoints.load_weights(model, checkpoints.weights_to_evaluate(checkpoint, args), flag)
+    model, name = checkpoints.create_model(args, checkpoint, pretrained=True)
     _log_how_it_was_evaluated(args, checkpoint)
     return model, name
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpab, ops
+from .frozen import FrozenDiTAC
 from .ops import reference
 
 __all__ = ["DiTAC", "FrozenDiTAC"]
@@ -148,46 +149,8 @@ class DiTAC(nn.Module):
         dtype = torch.float64 if self.theta.dtype == torch.float64 else torch.float32
         table = self._table(dtype)[:2]
         layout = reference.Layout(table, self.version, self.domain, self.bins)
-        return FrozenDiTAC(layout.lines(table), layout.low, layout.width)
+        least = layout.low - layout.width if self.version in ("ditac", "ge") else -math.inf
+        return FrozenDiTAC(layout.lines(table).T, layout.low, layout.width, least)
 
     def extra_repr(self) -> str:
         return f"version={self.version!r}, cells={self.cells}, domain={self.domain}, init={self.init!r}"
-
-
-class FrozenDiTAC(nn.Module):
-    """A DiTAC that is not trained any more: a table in a buffer, looked up by standard operators; exports anywhere.
-
-    Args:
-        lines: `(bins + 2, 2)`, intercept and slope of each bin; the first holds to the left of all, the last to the
-            right.
-        low: Where the first bin begins.
-        width: Of a bin.
-
-    Shape:
-        As `DiTAC`.
-    """
-
-    def __init__(self, lines: Tensor, low: float, width: float):
-        super().__init__()
-        self.register_buffer("lines", lines.detach().clone())
-        self.lines: Tensor
-        self.low = low
-        self.width = width
-
-    def _apply(self, fn, recurse=True):
-        before = self.lines
-        super()._apply(fn, recurse)
-        if self.lines.itemsize < 4:  # in half precision most positions would fall into another bin
-            self.lines = before.to(self.lines.device)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(self.lines.dtype)
-        row = ((wide - self.low) / self.width + 1).clamp(0, len(self.lines) - 1).nan_to_num(0.0).to(torch.int64)
-        line = self.lines[row]
-        limit = torch.finfo(wide.dtype).max  # -inf times a slope of 0 would be NaN
-        return torch.where(
-            wide.isinf() & (line[..., 1] != 0),
-            wide,
-            torch.addcmul(line[..., 0], line[..., 1], wide.clamp(-limit, limit)),
-        ).to(x.dtype)

@@ -288,6 +288,34 @@ def test_layout() -> None:
     ]
 
 
+# In ONNX Runtime
+
+
+def test_onnx(script: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "results.json"
+    pair = ["--pair", "test_vit", "test_vit_ditac", "--batch-size", "1", "3", "--threads", "1"]
+    assert script.main(["--bench", "onnx", *pair, "--results-file", str(file), *SHORT]) == 0
+    rows = results(file)["results"][0]["rows"]
+    assert [(row["variant"], row["base"], row["batch_size"]) for row in rows] == [
+        ("test_vit_ditac", "test_vit", 1),
+        ("test_vit_ditac", "test_vit", 3),
+    ]
+    assert all(0 < row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"] for row in rows)
+
+
+def test_onnx_without_the_exporter(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(*args: Any, **kwargs: Any) -> None:
+        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+
+    monkeypatch.setattr(torch.onnx, "export", absent)
+    assert script.main(["--bench", "onnx", "--pair", "test_vit", "test_vit_ditac", *SHORT]) == 2
+    assert "--bench onnx needs onnx: pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+
+
 # Refusals
 
 
@@ -302,11 +330,14 @@ def test_layout() -> None:
         ("--bench op --table10", "--table10 and --bench op are two things to measure: give one"),
         ("--table10 -b 4", "--batch-size means nothing to --table10: leave it out"),
         ("--table10 --bench train", "--table10 measures inference: leave --bench train out"),
+        ("--bench onnx --table10", "--table10 and --bench onnx are two things to measure: give one"),
+        ("--bench onnx --amp", "--amp means nothing to --bench onnx: leave it out"),
+        ("--bench onnx --pair test_vit test_vit_ditak", "test_vit_ditak is unknown (did you mean test_vit"),
         ("--bench op --amp", "--amp means nothing to --bench op: leave it out"),
         ("--model test_vit --sizes 9", "--sizes means nothing to --model: leave it out"),
         ("--bench loop --torchcompile", "--torchcompile means nothing to --bench loop: leave it out"),
         ("--bench loop --model test_vti", "--model test_vti"),
-        ("--bench trian", "--bench must be one of both, infer, inference, train, profile, op, loop, not trian"),
+        ("--bench trian", "--bench must be one of both, infer, inference, train, profile, op, loop, onnx, not trian"),
         ("--bench op --dtypes int8", "--dtypes must be among float32, float64, float16, bfloat16, not int8"),
         ("--bench op --sizes many", "many is no number of elements, give one such as 1e6"),
         ("--bench op --sizes 1e13", "--sizes does not fit in the memory of cpu: give less"),

@@ -9,7 +9,12 @@ import timm.models._builder
 import torch
 
 from ditac_timm.benchmarking import flags as benchmark_flags
-from ditac_timm.training.flags import parse_publish_flags, parse_train_flags, parse_validate_flags
+from ditac_timm.training.flags import (
+    parse_export_flags,
+    parse_publish_flags,
+    parse_train_flags,
+    parse_validate_flags,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,6 +80,7 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
         "train.py": parse_train_flags,
         "validate.py": parse_validate_flags,
         "publish.py": parse_publish_flags,
+        "export.py": parse_export_flags,
         "benchmark.py": benchmark_flags.parse,
     }
     parse[words[script]](words[script + 1 :])

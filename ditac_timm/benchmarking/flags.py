@@ -19,6 +19,7 @@ _BENCH = {
     "profile": (),
     "op": (),
     "loop": (),
+    "onnx": (),
 }
 # Each precision's dtype of weights and images, and of autocast.
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
@@ -28,6 +29,8 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "amp": (None, torch.float16),
     "amp_bfloat16": (None, torch.bfloat16),
 }
+_BENCH_HELP = """both (default), infer, train, profile (counts only); op: DiTAC as operator; loop: train.py's
+over a bare one; onnx: in ONNX Runtime on the CPU, every variant over its base, or a --pair"""
 _COST = "it does not change what a step costs here"
 UNSUPPORTED = (
     Unsupported("--model-list", "", "one call measures one model, or one pair"),
@@ -47,12 +50,14 @@ UNSUPPORTED = (
 # What a mode has no use for, by the flags' names in the namespace: giving one is a mistake.
 _FIXED = ("batch_size", "img_size", "input_size", "num_classes", "gp", "use_train_size", "model_kwargs")
 _OPERATOR = ("sizes", "dtypes")
+_TRAINING = ("torchcompile", "channels_last", "amp", "precision", "grad_checkpointing")
 _USELESS: dict[str, tuple[str, ...]] = {
     "--model": _OPERATOR,
     "--pair": ("use_train_size", *_OPERATOR),
     "--table10": (*_FIXED, *_OPERATOR),
     "--bench loop": ("use_train_size", "torchcompile", "grad_checkpointing", *_OPERATOR),
-    "--bench op": (*_FIXED, "torchcompile", "channels_last", "amp", "precision", "grad_checkpointing"),
+    "--bench op": (*_FIXED, *_TRAINING),
+    "--bench onnx": ("use_train_size", *_TRAINING, *_OPERATOR),
 }
 
 
@@ -70,11 +75,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("-m", "--model", metavar="NAME", help="one model (resnet50)")
     add("--pair", nargs=2, metavar=("BASE", "VARIANT"), help="two models, interleaved in one process")
     add("--table10", action="store_true", help="the paper's table 10 on this machine")
-    add(
-        "--bench",
-        metavar="MODE",
-        help="both (default), infer, train, profile (counts only), op: DiTAC as operator, or loop: train.py's",
-    )
+    add("--bench", metavar="MODE", help=_BENCH_HELP)
     add("--num-warm-iter", type=int, default=10, metavar="N", help="rounds that do not count (10)")
     add("--num-bench-iter", type=int, default=40, metavar="N", help="rounds that count (40)")
     add("--results-file", default="", metavar="FILE", help="write the results there, as json or csv by its extension")
@@ -87,7 +88,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         metavar="N",
-        help="images a batch (256; --pair: 1 8), several for several; --pair trains with the largest",
+        help="images a batch (256; --pair: 1 8; --bench onnx: 1), several for several; --pair trains with the largest",
     )
     add("--img-size", type=int, metavar="N", help="image size; the model's own if not given")
     add("--input-size", nargs=3, type=int, metavar="N", help="channels, height, width")
@@ -134,8 +135,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """Parse, refuse what contradicts, and fill in what the mode implies.
 
-    `mode` becomes "--model", "--pair", "--table10", "--bench op" or "--bench loop", and `phases` what is timed:
-    "infer", "train".
+    `mode` becomes "--model", "--pair", "--table10", or "--bench" and "op", "loop" or "onnx"; `phases` what is
+    timed: "infer", "train".
     """
     built = parser(description)
     args = built.parse_args(argv)
@@ -145,10 +146,11 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     _check_values(args)
     modes = {
         "--model": args.model is not None and args.bench != "loop",
-        "--pair": args.pair is not None,
+        "--pair": args.pair is not None and args.bench != "onnx",
         "--table10": args.table10,
         "--bench op": args.bench == "op",
         "--bench loop": args.bench == "loop",
+        "--bench onnx": args.bench == "onnx",
     }
     chosen = [mode for mode, given in modes.items() if given] or ["--model"]
     if len(chosen) > 1:
@@ -161,7 +163,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
         raise UsageError(f"--table10 measures inference: leave --bench {args.bench} out")
     args.phases = _BENCH[args.bench or "both"]
     args.model = args.model or "resnet50"
-    args.batch_size = args.batch_size or ([1, 8] if args.pair else [256])
+    sizes = {"--pair": [1, 8], "--bench onnx": [1]}
+    args.batch_size = args.batch_size or sizes.get(args.mode, [256])
     if args.amp:
         args.precision = "amp" if args.amp_dtype == "float16" else "amp_bfloat16"
     return args

@@ -25,7 +25,13 @@ from timm.utils import NativeScaler, unwrap_model
 from torch import nn
 
 from ditac_timm.training.errors import RunError, UsageError, as_typed
-from ditac_timm.training.model import as_options
+from ditac_timm.training.model import (
+    as_options,
+    build_model,
+    check_model_name,
+    image_size_argument,
+    model_arguments,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -142,6 +148,33 @@ def _check_sums(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} is damaged")
+
+
+def create_model(args: argparse.Namespace, checkpoint: dict[str, Any], pretrained: bool) -> tuple[Any, str]:
+    """Create the model that --checkpoint, --use-ema, --model and the flags about models ask for, with its weights.
+
+    Args:
+        args: Parsed flags.
+        checkpoint: What `read_checkpoint` returned, or empty where there is none.
+        pretrained: Whether, without a checkpoint, to load the model's pretrained weights.
+
+    Returns:
+        The model on the CPU, and its name.
+    """
+    name = args.model or checkpoint.get("arch")
+    if name is None:
+        raise UsageError(f"--checkpoint {args.checkpoint} does not name its architecture: give --model")
+    if not args.model:
+        check_model_name(name)
+    arguments = {**checkpoint.get("model_args", {}), **model_arguments(args)}
+    if not checkpoint:
+        arguments |= image_size_argument(name, arguments, args)
+        return build_model(name, arguments, pretrained=pretrained), name
+    flag = f"--checkpoint {args.checkpoint}"
+    check_same_model(checkpoint, flag, name, arguments)
+    model = build_model(name, arguments)
+    load_weights(model, weights_to_evaluate(checkpoint, args), flag)
+    return model, name
 
 
 def check_same_model(checkpoint: dict[str, Any], flag: str, name: str, arguments: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The command lines of `train.py` and `validate.py`, timm's flags with timm's meaning, and of `publish.py`."""
+"""The command lines of the scripts: timm's flags, with timm's names, defaults and meaning."""
 
 import argparse
 import logging
@@ -80,6 +80,31 @@ def validate_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def export_parser() -> argparse.ArgumentParser:
+    """Build the parser of `export.py`."""
+    parser = _Parser(
+        prog="export.py",
+        description="Write a model as ONNX, with its activations frozen, and compare it with PyTorch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("Model").add_argument
+    add("-m", "--model", metavar="NAME", help="any name that train.py takes; a checkpoint's own if not given")
+    add("--checkpoint", default="", metavar="PATH", help="a checkpoint, or a run's folder for its last.pth.tar")
+    add("--use-ema", action="store_true", help="the checkpoint's averaged weights")
+    add("--pretrained", action="store_true", help="without a checkpoint: pretrained weights, not initial ones")
+    add("--num-classes", type=int, metavar="N", help="classes; the model's own if not given")
+    add("--gp", metavar="POOL", help="global pooling: fast, avg, max, avgmax, avgmaxc")
+    add("--img-size", type=int, metavar="N", help="image size; the model's own if not given")
+    add("--in-chans", type=int, metavar="N", help="image channels; 3 if not given")
+    add("--input-size", nargs=3, type=int, metavar="N", help="channels, height, width")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="passed to the model")
+    add = parser.add_argument_group("ONNX").add_argument
+    add("-o", "--output", default="model.onnx", metavar="FILE", help="the file to write")
+    add("--opset", type=int, metavar="N", help="version of ONNX's operators; the exporter's own if not given")
+    add("-b", "--batch-size", type=int, metavar="N", help="images a batch; any number if not given")
+    return parser
+
+
 def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse `train.py`'s flags; a YAML file given with -c replaces defaults, and flags override it."""
     parser = train_parser()
@@ -126,6 +151,11 @@ def publish_parser() -> argparse.ArgumentParser:
 def parse_publish_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse `publish.py`'s flags."""
     return publish_parser().parse_args(argv)
+
+
+def parse_export_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse `export.py`'s flags."""
+    return export_parser().parse_args(argv)
 
 
 def _checked(args: argparse.Namespace, unsupported: Sequence[Unsupported]) -> argparse.Namespace:

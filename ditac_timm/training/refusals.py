@@ -160,6 +160,7 @@ _RULES: dict[str, _Rule] = {
     "num_classes": _COUNT,
     "img_size": _COUNT,
     "in_chans": _COUNT,
+    "opset": ("a whole number of at least 18", lambda value: value >= 18),
     "workers": _NOT_NEGATIVE,
     "seed": _NOT_NEGATIVE,
     "crop_pct": _POSITIVE,
@@ -243,8 +244,35 @@ def check_validate_flags(args: argparse.Namespace) -> None:
         raise UsageError(f"--results-file {args.results_file}: there is no folder {folder}")
 
 
+def check_export_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of `export.py` that cannot work, or cannot work together."""
+    _check_values(args)
+    if not args.model and not args.checkpoint:
+        raise UsageError("nothing to export: give --checkpoint PATH, or --model NAME")
+    if args.checkpoint and args.pretrained:
+        raise UsageError("--checkpoint and --pretrained name two sets of weights: give one")
+    if args.use_ema and not args.checkpoint:
+        raise UsageError("--use-ema needs --checkpoint")
+    folder = os.path.dirname(os.path.abspath(args.output))
+    if not os.path.isdir(folder):
+        raise UsageError(f"--output {args.output}: there is no folder {folder}")
+    if os.path.isdir(args.output):
+        raise UsageError(f"--output {args.output} is a folder: name a file in it")
+
+
 def _check_each(args: argparse.Namespace) -> None:
     """Refuse values that are wrong by themselves."""
+    _check_values(args)
+    if args.amp and args.model_dtype not in (None, "", "float32"):
+        raise UsageError(f"--amp keeps float32 weights: leave --model-dtype {args.model_dtype} out")
+    _check_compilation(args)
+    if args.skip_bad_images and is_distributed_env():
+        raise UsageError("--skip-bad-images would miscount in several processes: validate in one")
+    if not args.dataset and not args.data_dir:
+        raise UsageError("--data-dir is missing: give the folder that holds the images")
+
+
+def _check_values(args: argparse.Namespace) -> None:
     for name, choices in _CHOICES.items():
         if getattr(args, name, next(iter(choices))) not in choices:
             allowed = ", ".join(choice or "''" for choice in choices if choice is not None)
