@@ -280,7 +280,8 @@ CHANGED = [
     "initial_checkpoint",
 ]
 EPOCHS = 2
-SLOW = {"resnet50_a2", "resnext50"}  # two processes and hundreds of images, for flags that others here have too
+# Many images, or two processes, for flags that others here have too.
+SLOW = {"seresnet34", "mixnet_xl", "resnext50", "resnet50_a2"}
 
 
 def arguments(command: str) -> list[str]:
