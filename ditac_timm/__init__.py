@@ -6,7 +6,8 @@ variants such as `convnext_small_ditac`.
 
 from . import cpab
 from .activation import DiTAC
+from .calibration import calibrate
 from .ditac_zoo import create_model
 from .surgery import SurgeryReport, audit_activations, replace_activations
 
-__all__ = ["DiTAC", "SurgeryReport", "audit_activations", "cpab", "create_model", "replace_activations"]
+__all__ = ["DiTAC", "SurgeryReport", "audit_activations", "calibrate", "cpab", "create_model", "replace_activations"]

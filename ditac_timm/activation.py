@@ -5,7 +5,7 @@ supplement, section C (equations 4 to 7).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,18 @@ class DiTAC(nn.Module):
             raise ValueError(f"init must be one of {', '.join(INITS)}, but is {init!r}.")
         self.version = version
         self.init = init
-        self.tessellation = cpab.Tessellation(cells, DEFAULT_DOMAINS[version] if domain is None else domain)
+        # What it stands for, where `replace_activations` has put it; not a child, whose weights would be the model's.
+        self.__dict__["original"] = None
+        self._set_tessellation(cells, DEFAULT_DOMAINS[version] if domain is None else domain)
+        self.theta = nn.Parameter(torch.empty(self.tessellation.dim, device=device, dtype=dtype))
+        self._start: tuple[float, ...] | None = None
+        self.reset_parameters()
+
+    original: Callable[[Tensor], Tensor] | None
+
+    def _set_tessellation(self, cells: int, domain: tuple[float, float]) -> None:
+        version = self.version
+        self.tessellation = cpab.Tessellation(cells, domain)
         if self.tessellation.dim < 1:
             raise ValueError("cells must be at least 2: a single cell with its ends fixed has nothing to train.")
         if version == "ge" and self.domain[0] != 0:
@@ -88,9 +99,19 @@ class DiTAC(nn.Module):
             raise ValueError(
                 f"cells={cells} on the domain {self.domain} need a table of more than {_MAX_NODES:,} nodes."
             )
-        self.theta = nn.Parameter(torch.empty(self.tessellation.dim, device=device, dtype=dtype))
-        self._start: tuple[float, ...] | None = None
-        self.reset_parameters()
+
+    def set_domain(self, domain: tuple[float, float]) -> None:
+        """Change the domain; theta stays, and means the same field in its unit.
+
+        Raises:
+            ValueError: The version does not take it.
+        """
+        before = self.domain
+        try:
+            self._set_tessellation(self.cells, domain)
+        except ValueError:
+            self._set_tessellation(self.cells, before)
+            raise
 
     @property
     def cells(self) -> int:

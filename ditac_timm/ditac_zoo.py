@@ -190,6 +190,7 @@ class _WithDiTAC(nn.Module):
 
     ditac_report: SurgeryReport
     ditac_arguments: dict[str, Any]
+    _model_args: dict[str, Any]
     ditac_removed_keys: frozenset[str]
     ditac_needs_thetas: bool = False  # while what was saved with DiTAC is loaded
 
@@ -223,6 +224,12 @@ class _WithDiTAC(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def set_ditac_domains(self, domains: dict[str, list[float]]) -> None:
+        """Have the model saved with these domains of its activations, by path."""
+        self.ditac_arguments["domain"] = domains
+        saved = self._model_args  # what timm's factory saves a model with
+        self._model_args = {**saved, "ditac": {**(saved.get("ditac") or {}), "domain": domains}}
 
     def reset_classifier(self, *args, **kwargs):
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]

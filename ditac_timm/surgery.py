@@ -7,7 +7,7 @@ Which module is an activation and what it is there for (its role) is decided by 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -163,7 +163,8 @@ def replace_activations(
         init: "match" fits theta by least squares to the activation replaced, under a standard normal input: for
             exact GELU that is theta = 0, and the model computes what it computed. "identity" and "prior" as in
             `DiTAC`.
-        **ditac_kwargs: `version`, `cells`, `domain` of `DiTAC`.
+        **ditac_kwargs: `version`, `cells`, `domain` of `DiTAC`. A mapping of paths to domains gives each its own, and
+            the version's default to those that it leaves out.
 
     Returns:
         A report; `print` it.
@@ -184,6 +185,12 @@ def replace_activations(
     refused = sorted(set(ditac_kwargs) - {"version", "cells", "domain"})
     if refused:
         raise TypeError(f"replace_activations takes version, cells and domain for DiTAC, but not {', '.join(refused)}.")
+    domains = ditac_kwargs.get("domain")
+    if isinstance(domains, Mapping):
+        domains = {path: tuple(domain) for path, domain in domains.items()}
+        ditac_kwargs["domain"] = None
+    else:
+        domains = {}
     template = DiTAC(init="identity" if init == "match" else init, **ditac_kwargs)
     settings = {
         "version": template.version, "cells": template.cells, "domain": list(template.domain), "init": init,
@@ -197,7 +204,7 @@ def replace_activations(
             report.skipped[found.path] = reason
             continue
         if id(found.module) not in new_modules:
-            new, fit = _make(found, init, template)
+            new, fit = _make(found, init, template, domains.get(found.path))
             new_modules[id(found.module)] = found.module, new, fit
         _, new, fit = new_modules[id(found.module)]
         report.replaced[found.path] = found.old_name
@@ -205,6 +212,9 @@ def replace_activations(
         places.append((found, new))
         if fit:
             report.fits[found.path] = fit
+    unknown = [path for path in domains if path not in report.replaced]
+    if unknown:
+        raise ValueError(f"domain names {unknown[0]}, where no activation is replaced.")
     if not places:
         raise NothingMatchedError(_nothing_matched(model, report, roles, types, filter_fn))
     for found, new in places:
@@ -348,15 +358,18 @@ def _kind(module: nn.Module, types: Sequence[type | str] | None) -> str | None:
     return "none" if isinstance(module, _NO_ACTIVATIONS) else "activation"
 
 
-def _make(found: _Found, init: str, template: DiTAC) -> tuple[nn.Module, matching.Fit | None]:
+def _make(
+    found: _Found, init: str, template: DiTAC, domain: tuple[float, float] | None
+) -> tuple[nn.Module, matching.Fit | None]:
     placement = found.placement()
-    act = DiTAC(template.version, template.cells, template.domain, template.init, **placement)
+    act = DiTAC(template.version, template.cells, domain or template.domain, template.init, **placement)
     old, gain = found.module, None
     function: Callable[[Tensor], Tensor] = old
     if found.kind == "functional":
         function = _FUNCTIONAL[type(old)].function
     elif isinstance(old, nfnet.GammaAct):
         function, gain = old.act_fn, old.gamma
+    act.__dict__["original"] = function
     fit = None
     if init == "match":
         try:
