@@ -9,6 +9,7 @@ Which module is an activation and what it is there for (its role) is decided by 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,12 @@ _ACTIVATIONS = (
     activations_me.SwishMe, activations_me.MishMe, activations_me.HardSwishMe, activations_me.HardMishMe,
     metaformer.StarReLU, metaformer.SquaredReLU, nfnet.GammaAct,
 )  # fmt: skip
+# Those of Hugging Face's transformers, by name, because it need not be installed.
+_TRANSFORMERS_MODULE = "transformers.activations"
+_TRANSFORMERS_ACTIVATIONS = {
+    "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation",
+    "AccurateGELUActivation", "ClippedGELUActivation", "SiLUActivation", "MishActivation", "ReLUSquaredActivation",
+}  # fmt: skip
 
 # Norms that hold an activation of their own, as a formula and not as a module: nothing to replace.
 _FUSED_NORMS = (
@@ -57,7 +64,7 @@ _SE_CLASSES = {
     "SEModule", "SqueezeExcite", "SqueezeExciteCl", "SqueezeExcitation", "EffectiveSEModule", "EseModule",
     "EcaModule", "CecaModule", "GlobalContext", "GatherExcite", "SelectiveKernelAttn", "ChannelAttn",
     "LightChannelAttn", "CbamModule", "LightCbamModule", "CoordAttn", "SimpleCoordAttn", "EfficientLocalAttn",
-    "StripAttn",
+    "StripAttn", "RegNetSELayer", "EfficientNetSqueezeExciteLayer", "AlignVisionSqueezeExciteLayer", "SCSEModule",
 }  # fmt: skip
 _SE_ATTRIBUTES = {("SplitAttn", "act1")}
 _POS_CLASSES = {"RelPosMlp"}
@@ -349,13 +356,17 @@ def _kind(module: nn.Module, types: Sequence[type | str] | None) -> str | None:
         return "fused" if getattr(module, "apply_act", True) else None
     # A subclass that computes the same is the same; one with a forward of its own (and weights, maybe) is not.
     for base in cls.__mro__:
-        if base in _GATES or base in _ACTIVATIONS:
+        if base in _GATES or _is_activation(base):
             if cls.forward is base.forward:
                 return "gate" if base in _GATES else "activation"
             break
     if types is None or (cls not in types and cls.__name__ not in types):
         return None
     return "none" if isinstance(module, _NO_ACTIVATIONS) else "activation"
+
+
+def _is_activation(cls: type) -> TypeGuard[type[nn.Module]]:
+    return cls in _ACTIVATIONS or (cls.__module__ == _TRANSFORMERS_MODULE and cls.__name__ in _TRANSFORMERS_ACTIVATIONS)
 
 
 def _make(
