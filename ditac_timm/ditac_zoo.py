@@ -4,7 +4,8 @@
     timm.create_model("convnext_small_ditac", num_classes=50)
 
 The base's own timm entrypoint runs, with surgery right after the model's construction: before weights load and before
-features are wrapped, so checkpoint filters, adapters and `features_only` are the base's own.
+features are wrapped, so checkpoint filters, adapters and `features_only` are the base's own. So are the pretrained
+weights: a variant has the tags of its base, and each names the base's repository.
 """
 
 import contextlib
@@ -12,12 +13,23 @@ import functools
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.models import model_entrypoint, parse_model_name, register_model, split_model_name_tag
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    model_entrypoint,
+    parse_model_name,
+    register_model,
+    split_model_name_tag,
+)
+from timm.models._builder import _resolve_pretrained_source
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
@@ -39,6 +51,8 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet50_ditac": ("resnet50", {}),
     "swin_tiny_ditac": ("swin_tiny_patch4_window7_224", {}),
 }
+
+default_cfgs: dict[str, DefaultCfg] = {}  # what register_model reads the tags of a variant from
 
 
 def base_of(architecture: str, model_args: Mapping[str, Any]) -> str | None:
@@ -93,6 +107,8 @@ def ditac(pretrained: bool = False, *, base: str = "", ditac: dict[str, Any] | N
     """
     if not base:
         raise ValueError('Architecture ditac needs a base, as in timm.create_model("ditac", base="resnet50").')
+    if kwargs.get("pretrained_cfg") == PretrainedCfg(architecture="ditac").to_dict():
+        del kwargs["pretrained_cfg"]  # what timm's scripts put for a name without tags, and the base has its own
     return _build("ditac", base, ditac or {}, pretrained, **kwargs)
 
 
@@ -103,6 +119,9 @@ def _register_variant(name: str, base: str, arguments: dict[str, Any]) -> None:
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"{base} with DiTAC in the place of its {'Hardswish' if arguments else 'activations'}."
     entrypoint.__module__ = __name__
+    # As registered, so with the repository's whole name: timm would complete "timm/" by the variant's.
+    weights = {split_model_name_tag(tagged)[1]: cfg for tagged, cfg in get_arch_pretrained_cfgs(base).items()}
+    default_cfgs[name] = DefaultCfg(tags=deque(weights), cfgs=weights, is_pretrained=True)
     globals()[name] = register_model(entrypoint)
 
 
@@ -123,20 +142,38 @@ def _build(
         raise RuntimeError(f"base must be the name of a timm architecture, but is {base!r}.")
     if base == "ditac" or base in _VARIANTS:
         raise RuntimeError(f"base must be a timm architecture without DiTAC, but is {base!r}.")
+    pretrained_cfg = pretrained_cfg or tag or None
+    weights = _weights(base, pretrained_cfg) if pretrained and not kwargs.get("pretrained_cfg_overlay") else {}
     # What was saved with DiTAC, and says so, must have every theta.
-    saved = pretrained_cfg if isinstance(pretrained_cfg, dict) and not kwargs.get("pretrained_cfg_overlay") else {}
-    source = saved.get("source") if pretrained else None
+    needs_thetas = weights.get("source") in ("hf-hub", "local-dir")
     with contextlib.ExitStack() as stack:
-        if source == "hf-hub":
-            stack.enter_context(verified_download(saved["hf_hub_id"], kwargs.get("cache_dir")))
-        stack.enter_context(_surgery_at_construction(arguments, needs_thetas=source in ("hf-hub", "local-dir")))
-        model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=pretrained_cfg or tag or None, **kwargs)
+        if (repository := _repository(weights)) is not None:
+            stack.enter_context(verified_download(repository, kwargs.get("cache_dir")))
+        stack.enter_context(_surgery_at_construction(arguments, needs_thetas))
+        model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
     for module in model.modules():  # features hold it one level down
         if isinstance(module, _WithDiTAC):
             module.ditac_needs_thetas = False
     model.pretrained_cfg = {**model.pretrained_cfg, "architecture": architecture}
     model.default_cfg = model.pretrained_cfg
     return model
+
+
+def _weights(base: str, pretrained_cfg: Any) -> dict[str, Any]:
+    """What timm knows of the weights of a base's tag; nothing of those that it has no entry of."""
+    if isinstance(pretrained_cfg, dict):
+        return pretrained_cfg
+    if not isinstance(pretrained_cfg, PretrainedCfg):
+        pretrained_cfg = get_pretrained_cfg(f"{base}.{pretrained_cfg}" if pretrained_cfg else base)
+    return pretrained_cfg.to_dict() if pretrained_cfg else {}
+
+
+def _repository(weights: dict[str, Any]) -> str | None:
+    """The Hub's repository that weights will come from, if they do."""
+    source, place = _resolve_pretrained_source(weights)
+    if source != "hf-hub":
+        return None
+    return place if isinstance(place, str) else place[0]  # with the name of a file
 
 
 _lock = threading.RLock()

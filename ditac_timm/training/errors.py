@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -68,5 +69,7 @@ def as_typed(value: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """Return the first line that says something: past huggingface_hub's status; an error's kind where it is silent."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not re.match(r"\d{3} (Client|Server) Error\.", line)]
+    return next(iter(telling or lines), type(error).__name__).strip()
