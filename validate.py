@@ -88,14 +88,14 @@ def _evaluate(args: argparse.Namespace, file: Path | None, device: torch.device)
 
     loader = data.create_eval_loader(args, dataset, config, precision, args.batch_size)
     metrics = evaluate(model, loader, args, precision, log_interval=args.log_freq)
-    data.check_images(loader, args, training=False)
+    missing = data.check_images(loader, args, training=False)
     return {
         "model": name,
         **({"checkpoint": str(file), "epoch": checkpoint.get("epoch")} if file else {}),
         "weights_sha256": weights,
         "dataset": args.dataset or Path(args.data_dir).resolve().name,
         "split": args.split,
-        "images": len(dataset),
+        "images": len(dataset) - missing,
         **({"test_pool": True} if args.test_pool else {}),
         "precision": f"amp {args.amp_dtype}" if args.amp else args.model_dtype or "float32",
         "top1": metrics["top1"],

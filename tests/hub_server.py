@@ -414,6 +414,7 @@ def environment(server: HubServer, home: Path) -> dict[str, str]:
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": TOKEN,
         "OMP_NUM_THREADS": "1",
     }

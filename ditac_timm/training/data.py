@@ -236,7 +236,7 @@ def set_epoch(loader: Any, epoch: int, first_batch: int = 0) -> None:
             part.set_epoch(epoch, first_batch)
 
 
-def check_images(loader: Any, args: argparse.Namespace, *, training: bool, report: bool = True) -> None:
+def check_images(loader: Any, args: argparse.Namespace, *, training: bool, report: bool = True) -> int:
     """Report the images that did not decode so far, in this process' share of a split.
 
     Args:
@@ -244,6 +244,9 @@ def check_images(loader: Any, args: argparse.Namespace, *, training: bool, repor
         args: --max-bad-images and --skip-bad-images say what is let pass.
         training: Whether others stood in for them.
         report: Whether to say which, if they are let pass.
+
+    Returns:
+        How many there are.
 
     Raises:
         DataLostError: In training, if they are more than --max-bad-images; else, if there are any and they are not
@@ -254,7 +257,7 @@ def check_images(loader: Any, args: argparse.Namespace, *, training: bool, repor
         _check_count(dataset, args)
     bad = dataset.bad() if dataset is not None else {}
     if not bad:
-        return
+        return 0
     name, reason = next(iter(bad.items()))
     which = f"{len(bad)} images do not decode, the first is {name} ({reason})"
     if training and len(bad) > args.max_bad_images:
@@ -265,6 +268,7 @@ def check_images(loader: Any, args: argparse.Namespace, *, training: bool, repor
         _logger.warning(f"{len(bad)} images do not decode, and others stood in for them or they were left out:")
         for name, reason in bad.items():
             _logger.warning(f"  {name}: {reason}")
+    return len(bad)
 
 
 def _check_count(dataset: CheckedIterableDataset, args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import ditac_timm
 from ditac_timm import DiTAC, cpab
 from ditac_timm.training import activations
+from ditac_timm.training import run as run_module
 from ditac_timm.training.activations import largest_slope
 
 SMALL = shlex.split("-b 24 -j 0 --img-size 32 --num-classes 10 --warmup-epochs 0 --lr 0.05 --log-interval 9 --no-aug")
@@ -126,13 +127,13 @@ def test_a_compiled_run_sees_what_another_sees(train: ModuleType, digits: Path, 
 def test_hooks_are_gone_when_training_steps_run(
     train: ModuleType, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, hooked = train.train_one_epoch, []
+    step, hooked = run_module.train_one_epoch, []
 
     def watched(task, *args, **kwargs):
         hooked.extend(module for module in task.modules() if isinstance(module, DiTAC) and module._forward_pre_hooks)
         return step(task, *args, **kwargs)
 
-    monkeypatch.setattr(train, "train_one_epoch", watched)
+    monkeypatch.setattr(run_module, "train_one_epoch", watched)
     assert train.main(arguments(digits, tmp_path, "--plot-activations", epochs=2)) == 0
     assert not hooked
 
