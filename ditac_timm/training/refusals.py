@@ -268,8 +268,7 @@ def _check_each(args: argparse.Namespace) -> None:
     _check_compilation(args)
     if args.skip_bad_images and is_distributed_env():
         raise UsageError("--skip-bad-images would miscount in several processes: validate in one")
-    if not args.dataset and not args.data_dir:
-        raise UsageError("--data-dir is missing: give the folder that holds the images")
+    _check_dataset(args)
 
 
 def _check_values(args: argparse.Namespace) -> None:
@@ -281,12 +280,6 @@ def _check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not fits(value):
             raise UsageError(f"{_flag(name)} must be {wanted}, not {as_typed(value)}")
-    if args.amp and args.model_dtype not in (None, "", "float32"):
-        raise UsageError(f"--amp keeps float32 weights: leave --model-dtype {args.model_dtype} out")
-    _check_compilation(args)
-    if args.skip_bad_images and is_distributed_env():
-        raise UsageError("--skip-bad-images would miscount in several processes: validate in one")
-    _check_dataset(args)
 
 
 def _check_dataset(args: argparse.Namespace) -> None:
