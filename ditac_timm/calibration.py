@@ -156,7 +156,7 @@ def _domains(layer: DiTAC, inputs: Tensor) -> list[tuple[float, float]]:
     for share in (0.001, 0.0):
         low, high = inputs.quantile(share).item() * _MARGIN, inputs.quantile(1 - share).item() * _MARGIN
         highs.add(min(max(b, high), b + most))
-        if layer.version != "ge":  # whose domain begins at 0
+        if layer.version in ("leaky", "inf"):  # the others are GELU there, next to 0: no cell need be spent on it
             lows.add(max(min(a, low), a - most))
     return [(low, high) for low in sorted(lows) for high in sorted(highs)]
 

@@ -54,8 +54,9 @@ def test_it_comes_closer_to_the_original(act: type[nn.Module]) -> None:
             assert tuple(layer.theta.tolist()) == pytest.approx(result.theta, rel=1e-6, abs=1e-7)
             assert layer.domain == result.domain
             assert (result.domain == (-3, 3)) or domain
-    assert errors["False"] < 1.01 * errors["match"]  # beyond the domain theta changes nothing
-    assert errors["True"] < errors["match"] * (0.5 if act is nn.ReLU6 else 1)
+    # Beyond the domain theta changes nothing; a wider one is for what saturates.
+    assert errors["False"] < 1.01 * errors["match"]
+    assert errors["True"] < errors["match"] * (0.5 if act is nn.ReLU6 else 1.01)
 
 
 @pytest.mark.parametrize("version", ["ditac", "ge", "leaky", "inf"])

@@ -52,7 +52,7 @@ def test_python_blocks_run_in_order(no_download, tmp_path, monkeypatch, capsys):
     assert len(blocks) >= 6
     for code in blocks:
         exec(compile(code, "README.md", "exec"), namespace)
-    assert no_download == ["vit_tiny_patch16_224", "resnet50", "resnet50", "convnext_small"]
+    assert no_download == ["vit_tiny_patch16_224", "resnet50", "resnet50", "convnext_small", "resnet18"]
     printed = capsys.readouterr().out
     # What the page shows is what is printed, but for the last digits of the difference.
     shown = next(code for language, code in BLOCKS if not language and code.startswith("VisionTransformer"))
