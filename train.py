@@ -49,6 +49,7 @@ from ditac_timm.training.device import Precision, init_device, resolve_device
 from ditac_timm.training.errors import RunError, UsageError, run_script
 from ditac_timm.training.flags import parse_train_flags
 from ditac_timm.training.interruption import Interruption, ignore_in_workers
+from ditac_timm.training.loop import updates_per_epoch
 from ditac_timm.training.recipe import (
     best_metric_name,
     create_loss,
@@ -148,15 +149,15 @@ def build_run(args: argparse.Namespace, flags: dict[str, Any], precision: Precis
     # Of the task's own module, which may train more than the model; bare, because parameters are grouped by name.
     optimizer = create_optimizer(args, utils.unwrap_model(task.get_trainable_module()))
     loss_scaler = precision.loss_scaler()
-    updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
-    scheduler, epochs = create_scheduler(args, optimizer, updates_per_epoch)
+    updates = updates_per_epoch(train_loader, args)
+    scheduler, epochs = create_scheduler(args, optimizer, updates)
     start_epoch, first_update = checkpoints.restore_training_state(resumed, args, optimizer, scheduler, loss_scaler)
     past_losses = checkpoints.restore_within_epoch(resumed, task, args)
     if args.start_epoch is not None:
         start_epoch, first_update, past_losses = args.start_epoch, 0, None
     if scheduler is not None and (start_epoch > 0 or first_update > 0):
         scheduler.step(start_epoch)
-        scheduler.step_update(start_epoch * updates_per_epoch + first_update)
+        scheduler.step_update(start_epoch * updates + first_update)
 
     folder = run_folder(args, config, resume_file)
     saver = create_saver(args, flags, folder, start_epoch) if utils.is_primary(args) else None

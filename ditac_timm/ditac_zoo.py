@@ -34,7 +34,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import nn
 
 from .activation import DiTAC
-from .hub import verified_download
+from .download import verified_download
 from .surgery import NothingMatchedError, SurgeryReport, replace_activations
 
 __all__ = ["create_model"]  # register_model adds the architectures

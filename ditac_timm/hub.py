@@ -1,4 +1,4 @@
-"""A trained model on the Hugging Face Hub: its files and card, published in one commit, and downloads that are checked.
+"""A trained model on the Hugging Face Hub: its files and card, published in one commit.
 
 What is published loads by plain timm once `ditac_timm` is imported: `timm.create_model("hf-hub:OWNER/NAME",
 pretrained=True)`. huggingface_hub does the talking, and finds the token.
@@ -10,8 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -26,17 +25,16 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     get_token,
-    try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.models import save_for_hf
-from timm.models._hub import hf_split
 from torch import nn
 
-__all__ = ["HubError", "check_reload", "model_card", "publish", "save", "verified_download", "weights_sha256"]
+from .download import CONFIG, WEIGHTS
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+__all__ = ["HubError", "check_reload", "model_card", "publish", "save", "weights_sha256"]
+
+CARD = "README.md"
 PICTURE, FLAGS, SUMMARY = "activations.png", "args.yaml", "summary.csv"
 RESULTS, BASE_RESULTS = "results.json", "base_results.json"
 
@@ -73,7 +71,7 @@ CITATION = """@inproceedings{chelly2024ditac,
 
 
 class HubError(RuntimeError):
-    """A model cannot be published, or what was downloaded is not what the Hub has; one sentence says why."""
+    """A model cannot be published; one sentence says why."""
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -413,36 +411,3 @@ def _reason(error: BaseException, repo_id: str) -> str:
     busy = "the Hub is busy, and stayed so: publish again later"
     reason = busy if status in _PASSES else reasons.get(status, "the Hub refused")
     return f"{reason} ({status}{f', {said}' if said else ''})"
-
-
-@contextmanager
-def verified_download(model_id: str, cache_dir: str | Path | None = None) -> Iterator[None]:
-    """Around a load from the Hub: refuse files whose bytes are not what the Hub has, and take them out of the cache.
-
-    huggingface_hub compares sizes only. In its cache a file's name is its hash, where the system has links.
-
-    Args:
-        model_id: `OWNER/NAME`, or `OWNER/NAME@REVISION`.
-        cache_dir: The Hub's cache, where it is not the usual one.
-
-    Raises:
-        HubError: A file is damaged. Loading again downloads it again.
-    """
-    try:
-        yield
-    finally:
-        repo_id, revision = hf_split(model_id)
-        for name in (CONFIG, WEIGHTS):
-            found = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision)
-            if isinstance(found, str) and not _is_as_named(file := Path(found)):
-                (file.parent / file.readlink()).unlink(missing_ok=True)
-                file.unlink()
-                raise HubError(f"{name} of {model_id} was damaged in download, and is out of the cache: load it again")
-
-
-def _is_as_named(file: Path) -> bool:
-    """Whether a file's bytes have the hash that the link to them names: of a large file SHA-256, else Git's."""
-    if not file.is_symlink() or len(name := file.readlink().name) not in (40, 64):
-        return True
-    with open(file, "rb") as stream:
-        return name == (git_hash(stream.read()) if len(name) == 40 else sha_fileobj(stream).hex())

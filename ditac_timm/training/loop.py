@@ -99,6 +99,11 @@ class Losses(NamedTuple):
     read: int
 
 
+def updates_per_epoch(loader: Any, args: argparse.Namespace) -> int:
+    """How often an epoch changes the weights; its last update may be of fewer batches."""
+    return math.ceil(len(loader) / args.grad_accum_steps)
+
+
 def train_one_epoch(
     task: TrainingTask,
     loader: Any,
@@ -135,7 +140,7 @@ def train_one_epoch(
     clipped = None if args.clip_grad is None else clipped_parameters(task, args.clip_mode)
     second_order = getattr(optimizer, "is_second_order", False)
     batches, accumulate = len(loader), args.grad_accum_steps
-    updates = math.ceil(batches / accumulate)
+    updates = updates_per_epoch(loader, args)
     update = epoch * updates + first_update
     in_last_update = batches - (batches - 1) // accumulate * accumulate  # batches; fewer where they do not divide
     losses = LossMeter(precision.device, args.distributed) if losses is None else losses
@@ -297,8 +302,9 @@ def share_batch_norm(task: TrainingTask, args: argparse.Namespace) -> None:
 def fetched(loader: Any) -> Iterator[Any]:
     """Iterate a loader, whose own failures become a `DataLostError`, and come only where a batch is fetched."""
     try:
-        for batch in loader:
-            hear_of_dead_workers_when_fetching()
+        for index, batch in enumerate(loader):
+            if index == 0:  # torch sets its handler with the first processes
+                hear_of_dead_workers_when_fetching()
             yield batch
     except UnreadableDataError:
         raise

@@ -19,7 +19,14 @@ from ditac_timm.training.activations import ActivationStatistics
 from ditac_timm.training.device import Precision
 from ditac_timm.training.errors import DataLostError, Interrupted
 from ditac_timm.training.interruption import Interruption
-from ditac_timm.training.loop import LossMeter, evaluate_task, mean_lr, share_batch_norm, train_one_epoch
+from ditac_timm.training.loop import (
+    LossMeter,
+    evaluate_task,
+    mean_lr,
+    share_batch_norm,
+    train_one_epoch,
+    updates_per_epoch,
+)
 from ditac_timm.training.randomness import seed_all
 from ditac_timm.training.recipe import best_metric_name
 from ditac_timm.training.refusals import mixup_is_on
@@ -79,7 +86,7 @@ class Run:
     interruption: Interruption
 
     def __post_init__(self) -> None:
-        self.updates_per_epoch = -(-len(self.train_loader) // self.args.grad_accum_steps)
+        self.updates_per_epoch = updates_per_epoch(self.train_loader, self.args)
         self._updates = self.first_update  # done in the epoch at hand
         # From three processes on, sums depend on how DDP lays out gradients, which it does once the first are there.
         self._settle = self.args.world_size > 2 and (self.start_epoch > 0 or self.first_update > 0)
