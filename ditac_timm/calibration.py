@@ -48,9 +48,10 @@ def calibrate(model: nn.Module, batch: Any, *, domain: bool = False) -> dict[str
     """Refit every theta to the model's own inputs, in place: no labels, and no other weight changes.
 
     The batch passes twice. First through the original activations, whose outputs are kept; then through the new ones,
-    each fitted as the batch reaches it, to give what the original gave where it stood, so that it makes up for what
-    those before it have left. (An activation that is called several times in a pass is fitted to all of its inputs
-    of the first pass.)
+    each fitted as the batch reaches it. With domains it is fitted to give what the original gave where it stood, so
+    that it makes up for what those before it have left. Without, what saturates beyond the domain leaves more than can
+    be made up for, and each is fitted to the inputs of the first pass; so is one that is called several times. Where
+    the fit, which keeps theta small, is no better than what was there, that stays.
 
     Args:
         model: One whose activations `replace_activations` replaced, or one of the zoo; on any device. It is evaluated,
@@ -115,7 +116,7 @@ def _fitting_pass(
             x = inputs[0]
             if path not in done:
                 calls = seen[path]
-                if len(calls) == 1:
+                if domain and len(calls) == 1:
                     calls = [calls[0]._replace(inputs=x.flatten()[calls[0].where].double().cpu())]
                 done[path] = _fit(
                     layer, torch.cat([c.inputs for c in calls]), torch.cat([c.targets for c in calls]), domain
@@ -143,9 +144,13 @@ def _fit(layer: DiTAC, inputs: Tensor, targets: Tensor, domain: bool) -> Calibra
         }
         chosen = min(quick, key=lambda d: quick[d].rms)
     fit = matching.fit_points(x, y, layer.version, layer.cells, chosen, iterations=100)
-    layer.set_domain(chosen)
-    layer.start_from(fit.theta)
-    return Calibrated(fit.theta, chosen, before, _rms(layer, inputs, targets))
+    old_domain, old_theta = layer.domain, tuple(layer.theta.tolist())
+    for at, theta in ((chosen, fit.theta), (old_domain, old_theta)):
+        layer.set_domain(at)
+        layer.start_from(theta)
+        if (after := _rms(layer, inputs, targets)) < before:
+            break
+    return Calibrated(theta, at, before, after)
 
 
 def _domains(layer: DiTAC, inputs: Tensor) -> list[tuple[float, float]]:
