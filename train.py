@@ -42,7 +42,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from ditac_timm.training import checkpoint as checkpoints
-from ditac_timm.training import data, distillation
+from ditac_timm.training import data, distillation, splits
 from ditac_timm.training import model as models
 from ditac_timm.training.activations import ActivationStatistics
 from ditac_timm.training.device import Precision, init_device, resolve_device
@@ -80,7 +80,7 @@ def train(args: argparse.Namespace) -> None:
     models.check_model_name(args.model)
     if args.kd_model_name is not None:
         models.check_model_name(args.kd_model_name, "--kd-model-name")
-    data.check_data_dir(args)
+    splits.check_data_dir(args)
     resume_restarted(args)
     if args.resume and not os.path.exists(args.resume):
         raise UsageError(f"--resume {args.resume} does not exist")

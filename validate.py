@@ -24,7 +24,7 @@ from timm.layers import apply_test_time_pool, set_fast_norm
 
 from ditac_timm.hub import weights_sha256
 from ditac_timm.training import checkpoint as checkpoints
-from ditac_timm.training import data
+from ditac_timm.training import data, splits
 from ditac_timm.training import model as models
 from ditac_timm.training.device import Precision, init_device, resolve_device
 from ditac_timm.training.errors import run_script
@@ -46,7 +46,7 @@ def validate(args: argparse.Namespace) -> None:
     check_validate_flags(args)
     if args.model:
         models.check_model_name(args.model)
-    data.check_data_dir(args)
+    splits.check_data_dir(args)
     file = checkpoints.find_checkpoint(args.checkpoint, "--checkpoint") if args.checkpoint else None
     device = init_device(args)
     try:
@@ -71,9 +71,9 @@ def _evaluate(args: argparse.Namespace, file: Path | None, device: torch.device)
     model, name = create_model(args, checkpoint)
     saved_config = checkpoint.get("data_config")
     config = data.resolve_data_config(args, model, saved_config, not args.use_train_size)
-    dataset = data.create_split(args, args.split, "--split", config, num_samples=args.num_samples)
-    data.check_folder(args, args.split, "--split", dataset, flat=True)
-    data.check_classes(args, dataset, args.split, model.num_classes)
+    dataset = splits.create_split(args, args.split, "--split", config, num_samples=args.num_samples)
+    splits.check_folder(args, args.split, "--split", dataset, flat=True)
+    splits.check_classes(args, dataset, args.split, model.num_classes)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = weights_sha256(model)

@@ -111,7 +111,8 @@ class SurgeryReport:
         }
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        shown = {name: "its own" if isinstance(value, dict) else value for name, value in self.settings.items()}
+        settings = ", ".join(f"{name}={value}" for name, value in shown.items())
         lines = [f"{self.model}: {len(self.replaced)} activations replaced by DiTAC ({settings})"]
         rows: list[tuple[str, ...]] = [("was", "role", "count", "rms error", "max error", "where")]
         groups: dict[tuple, list[str]] = {}
@@ -200,8 +201,11 @@ def replace_activations(
         domains = {}
     template = DiTAC(init="identity" if init == "match" else init, **ditac_kwargs)
     settings = {
-        "version": template.version, "cells": template.cells, "domain": list(template.domain), "init": init,
-    }  # fmt: skip
+        "version": template.version,
+        "cells": template.cells,
+        "domain": {path: list(domain) for path, domain in domains.items()} or list(template.domain),
+        "init": init,
+    }
     report = SurgeryReport(type(model).__name__, settings)
     new_modules: dict[int, tuple[nn.Module, nn.Module, matching.Fit | None]] = {}  # the old one is kept alive: by id
     places: list[tuple[_Found, nn.Module]] = []

@@ -94,5 +94,5 @@ def test_calibration_brings_predictions_back() -> None:
         agreement[name] = (found.argmax(1) == expected.argmax(1)).float().mean().item()
         print(f"{name}: cosine of logits {cosine:.3f}, same top-1 {100 * agreement[name]:.1f} %")
     values = list(agreement.values())
-    assert values[0] < values[1] < values[3]
+    assert values[0] < values[1] <= values[2] < values[3]
     assert values[3] > 0.5

@@ -155,7 +155,9 @@ def test_a_model_of_the_zoo_is_saved_with_its_domains(tmp_path: Path, name: str)
 
 def test_a_domain_for_each_activation() -> None:
     model = network()
-    replace_activations(model, domain={"1": [-3, 8], "5": (-4.0, 4.0)})
+    report = replace_activations(model, domain={"1": [-3, 8], "5": (-4.0, 4.0)})
+    assert report.to_dict()["settings"]["domain"] == {"1": [-3, 8], "5": [-4.0, 4.0]}
+    assert "domain=its own" in str(report)
     assert [model[index].domain for index in (1, 3, 5)] == [(-3, 8), (-3, 3), (-4, 4)]
     model = network()
     with pytest.raises(ValueError, match="domain names 2, where no activation is replaced"):

@@ -433,3 +433,11 @@ def test_a_package_that_is_not_installed_is_named(
     assert run(train, tmp_path, "--data-dir", str(digits), "--dataset", dataset)[0] == 2
     expected = f"--dataset {dataset} needs {module}, which is not installed: pip install {package}"
     assert capsys.readouterr().err.strip() == f"train.py: error: {expected}"
+
+
+def test_validation_names_its_own_flag_where_the_count_is_wrong(validate, digits, finished, tmp_path, capsys):
+    _, _, flags = write("wds by pattern", digits, tmp_path)
+    argv = ["--checkpoint", str(finished), "-b", "16", "-j", "0", *flags, "--num-samples", "51"]
+    assert validate.main(argv) == 1
+    assert "read 50 images, and wds/ is said to hold 51" in (said := capsys.readouterr().err.splitlines()[-1])
+    assert said.endswith("or in --num-samples")
