@@ -21,15 +21,14 @@ import sys, onnxruntime, timm, torch, ditac_timm
 
 model = timm.create_model(f"hf-hub:{sys.argv[1]}", pretrained=True).eval()
 config = timm.data.resolve_data_config(model=model)
-images = timm.data.create_loader(
-    timm.data.create_dataset("", sys.argv[2], split="validation", input_img_mode="L"), batch_size=64, use_prefetcher=False, **config
-)
+digits = timm.data.create_dataset("", sys.argv[2], split="validation", input_img_mode="L")
+images = timm.data.create_loader(digits, batch_size=64, use_prefetcher=False, **config)
 session, right, right_in_onnx = onnxruntime.InferenceSession(sys.argv[3]), 0, 0
 for x, label in images:
     with torch.no_grad():
         right += (model(x).argmax(1) == label).sum().item()
     right_in_onnx += (session.run(None, {"images": x.numpy()})[0].argmax(1) == label.numpy()).sum()
-print(right, right_in_onnx, len(images.dataset))
+print(right, right_in_onnx, len(digits))
 """
 
 

@@ -27,11 +27,11 @@ class Table(NamedTuple):
     rows: Sequence[Mapping[str, Any]]
 
 
-def environment(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
+def environment(device: torch.device, argv: Sequence[str], script: Sequence[str] = ("benchmark.py",)) -> dict[str, Any]:
     """The machine, the versions and the command, in plain values."""
     cuda = device.type == "cuda"
     return {
-        "command": shlex.join(["python", "benchmark.py", *argv]),
+        "command": shlex.join(["python", *script, *argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "ditac_kernel": ops.kernel(device),
