@@ -630,18 +630,21 @@ def _right_or_refused(function, expected):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(mode):
     module, thetas, x = prior().train(mode == "train"), torch.randn(3, 9), torch.randn(4, 5)
     call = partial(torch.func.functional_call, module)
     expected = torch.stack([call({"theta": theta}, (x,)) for theta in thetas])
-    assert torch.equal(torch.vmap(lambda theta: call({"theta": theta}, (x,)))(thetas), expected)
-    assert torch.equal(torch.vmap(module)(x), module(x))
+    torch._C._functorch._set_vmap_fallback_enabled(False)  # torch's loop, which warns at every call
+    try:
+        assert torch.equal(torch.vmap(lambda theta: call({"theta": theta}, (x,)))(thetas), expected)
+        assert torch.equal(torch.vmap(module)(x), module(x))
+        assert torch.equal(torch.vmap(module, in_dims=1, out_dims=1)(x), module(x))
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(True)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("argument", ["theta", "x"])
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_functional_gradients_are_right_or_refused(mode, argument):
     module, x = prior().train(mode == "train"), torch.randn(50)
     values = {"theta": module.theta.detach().clone(), "x": x}

@@ -470,3 +470,35 @@ def test_table_has_the_shape_that_nodes_says():
     for version, domain in DOMAINS.items():
         table = ops.tabulate(torch.zeros(11), version, domain, 600)
         assert table.shape == (2, reference.nodes(version, domain, 600))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rows_with_a_theta_of_their_own(version):
+    """`activate_rows` is `activate` row by row, to the last bit, and so are its gradients."""
+    tessellation = cpab.Tessellation(10, DOMAINS[version])
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(5, 9, generator=generator).requires_grad_()
+    x = (torch.randn(5, 7, 3, generator=generator) * 3).requires_grad_()
+    weights = torch.randn(5, 7, 3, generator=generator)
+    y = ops.activate_rows(x, theta, tessellation, version, 640)
+    alone = torch.stack([ops.activate(x[i], theta[i], tessellation, version, 640) for i in range(5)])
+    assert torch.equal(y, alone)
+    found = torch.autograd.grad((y * weights).sum(), (x, theta))
+    expected = torch.autograd.grad((alone * weights).sum(), (x, theta))
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    (only_x,) = torch.autograd.grad(ops.activate_rows(x, theta.detach(), tessellation, version, 640).sum(), (x,))
+    (only_theta,) = torch.autograd.grad(
+        ops.activate_rows(x.detach(), theta, tessellation, version, 640).sum(), (theta,)
+    )
+    assert only_x.shape == x.shape
+    assert only_theta.shape == theta.shape
+
+
+def test_rows_and_thetas_must_fit():
+    tessellation = cpab.Tessellation()
+    for theta in (torch.zeros(4, 9), torch.zeros(9), torch.zeros(5, 8)):
+        with pytest.raises(ValueError, match=r"theta must have the shape \(5, 9\)"):
+            ops.activate_rows(torch.zeros(5, 2), theta, tessellation, "ditac", 640)
+    with pytest.raises(TypeError, match="floating"):
+        ops.activate_rows(torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 9), tessellation, "ditac", 640)

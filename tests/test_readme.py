@@ -9,6 +9,8 @@ import timm.models._builder
 import torch
 
 from ditac_timm.benchmarking import flags as benchmark_flags
+from ditac_timm.experiments import __main__ as experiments_command
+from ditac_timm.experiments import competitors as experiments
 from ditac_timm.training.flags import (
     parse_export_flags,
     parse_publish_flags,
@@ -72,6 +74,9 @@ def test_commands_are_understood(command, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if words[:3] == ["python", "-m", "ditac_timm.experiments"]:
+        experiments.check_names(experiments_command.parse(words[3:]).acts or [])
         return
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[script]).is_file()

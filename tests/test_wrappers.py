@@ -147,7 +147,6 @@ def test_ema_follows_and_evaluates_its_own_thetas():
         torch.testing.assert_close(ema.module(batch()), fresh.eval()(batch()))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_stacked_models():
     """An ensemble as torch.func has it: parameters stacked, one call for all, and gradients for each."""
     models = [network() for _ in range(3)]

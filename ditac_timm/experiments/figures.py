@@ -153,7 +153,7 @@ def _mixture() -> "Figure":
 
 def _four_versions() -> "Figure":
     """One theta in each version's own domain; the field is drawn in the main version's."""
-    theta = torch.tensor([0.2, 0.35, 0.1, -0.3, -0.45, -0.1, 0.3, 0.4, 0.15], dtype=torch.float64)
+    theta = torch.tensor([0.6, 1.0, 0.3, -0.9, -1.3, -0.3, 0.9, 1.2, 0.5], dtype=torch.float64)
     figure, (panels,) = _figure(5, height=2.9, width=2.9)
     tessellation = cpab.Tessellation()
     panels[0].plot(tessellation.knots, tessellation.velocities(theta), color="#1d4ed8", marker="o", markersize=3)

@@ -66,7 +66,7 @@ def markdown(part: Part) -> str:
         line = [row.activation, f"{row.parameters:,}", f"{row.rate:g}", plus_minus(row.final), plus_minus(row.best)]
         line += [] if task.classes else [f"{sum(row.mse) / len(row.mse):.4g}"]
         line += ["" if row.paper_rate is None else f"{row.paper_rate:.1f}"]
-        line += [f"{part.paper[row.activation]:g}" if row.activation in part.paper else ""] * printed
+        line += [f"{part.paper[row.activation]}" if row.activation in part.paper else ""] * printed
         if reference:
             line += ["" if row is reference else str(difference(row.final, reference.final))]
         body.append(line)
@@ -195,7 +195,7 @@ def reproduction(
         if part.experiment.title != seen:
             seen = part.experiment.title
             lines += [f"## {seen}", ""]
-        lines += [f"### {part.task.title[0].upper()}{part.task.title[1:]}", "", markdown(part), ""]
+        lines += [f"### {part.task.title}", "", markdown(part), ""]
         if part.experiment.name not in ("table9", "ablation"):
             lines += [_NOTES.get(part.task.name, "").strip(), "", pictures.get(part.task.name, ""), ""]
         if part.experiment.name == "table9":

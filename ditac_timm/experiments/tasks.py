@@ -183,7 +183,7 @@ def _mnist_split(seed: int, batch: int, folder: Path) -> Split:
 _TASKS = (
     Task(
         "sines",
-        "sum of four sines (3), x in (-1, 1)",
+        "Sum of four sines (3), x in (-1, 1)",
         partial(_function_split, _sum_of_sines, -1.0, 1.0, 1),
         (1, 64, 1),
         paper_rate=1e-3,
@@ -196,7 +196,7 @@ _TASKS = (
     ),
     Task(
         "plane",
-        "sum of six sines (1)-(2), (x, y) in (-1, 1)²",
+        "Sum of six sines (1)-(2), (x, y) in (-1, 1)²",
         partial(_function_split, _sum_of_sines_in_the_plane, -1.0, 1.0, 2),
         (2, 50, 1),
     ),
@@ -223,7 +223,7 @@ _TASKS = (
     ),
     Task(
         "gmm",
-        "ten Gaussians in the plane",
+        "Ten Gaussians in the plane",
         _mixture_split,
         (2, 100, 100, 10),
         classes=True,

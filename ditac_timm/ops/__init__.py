@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .. import cpab
-from . import reference
+from . import reference, vmap
 
 __all__ = ["activate", "activate_rows", "kernel", "lookup", "tabulate"]
 
@@ -430,3 +430,6 @@ def _lookup_backward(ctx, grad):
 
 torch.library.register_autograd("ditac::tabulate", _tabulate_backward, setup_context=_save_tabulate)
 torch.library.register_autograd("ditac::lookup", _lookup_backward, setup_context=_save_lookup)
+
+for _name in (*_OPERATORS, "evaluate"):
+    vmap.register(_name)
