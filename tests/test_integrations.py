@@ -42,7 +42,7 @@ def assert_thetas_learn(model, loss):
     [
         ("UPerNet", "convnext_tiny_ditac", 18),
         ("UPerNet", "swin_tiny_ditac", 12),
-        ("UPerNet", "resnet50_ditac", 49),
+        pytest.param("UPerNet", "resnet50_ditac", 49, marks=pytest.mark.sweep),
         ("PSPNet", "convnext_tiny_ditac", 6),  # of PSPNet's encoders smp keeps what reduces by 8 at most
         ("PSPNet", "swin_tiny_ditac", 4),
         ("PSPNet", "resnet50_ditac", 22),
@@ -62,6 +62,7 @@ def test_segmentation(architecture, variant, activations):
     assert audit_activations(model, (3, 32, 32)) == []
 
 
+@pytest.mark.sweep
 def test_segmentation_saves_and_reloads(tmp_path):
     model = scramble(smp.PSPNet("tu-swin_tiny_ditac", encoder_weights=None, img_size=32))
     model.save_pretrained(tmp_path)

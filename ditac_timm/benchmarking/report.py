@@ -38,7 +38,7 @@ def environment(device: torch.device, argv: Sequence[str], script: Sequence[str]
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "allocator": " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_"))
         or "default",
         "python": platform.python_version(),

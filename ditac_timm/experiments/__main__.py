@@ -10,6 +10,7 @@ What has been trained is kept in the folder of results, so the same command goes
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from ..benchmarking.report import environment
 from ..training.checkpoint import write_atomically
 from ..training.errors import UsageError, run_script
-from . import competitors, figures, images, report, sources, study
+from . import competitors, figures, images, report, results, sources, study
 from .tasks import Task
 
 NAMES = (*study.EXPERIMENTS, "images", "figures", "all")
@@ -49,7 +50,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"activations: some of {', '.join([*competitors.COMPETITORS, *competitors.DITAC])}; not for images",
     )
     parser.add_argument("--quick", action="store_true", help="few updates and two seeds")
-    parser.add_argument("--out", type=Path, default=Path("output/experiments"), metavar="DIR", help="folder of results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of results; output/experiments, or with --quick -quick behind it",
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -57,14 +63,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="folder with MNIST/raw and FashionMNIST/raw, downloaded to where missing, and perhaps auto-mpg.data",
     )
-    parser.add_argument("--mnist-epochs", type=int, default=150, metavar="N", help="the supplement's 150, or fewer")
+    parser.add_argument(
+        "--mnist-epochs", type=int, metavar="N", help="for mnist, figures and all: fewer than the supplement's 150"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes; as many as there are cores if not given")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="where `all` writes its page; OUT/reproduction.md")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.md", help="where `all` writes its page; OUT/reproduction.md if not given"
+    )
     args = parser.parse_args(argv)
     for flag in ("seeds", "mnist_epochs", "workers"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    if args.acts and args.name == "images":
+        parser.error("--acts is not for images, which compares networks with their own activations")
+    if args.mnist_epochs and args.name not in ("mnist", "figures", "all"):
+        parser.error(f"--mnist-epochs is for mnist, figures and all, not for {args.name}")
+    if args.report and args.name != "all":
+        parser.error(f"--report is for all, which writes a page; {args.name} does not")
+    if args.report and args.report.suffix != ".md":
+        parser.error(f"--report must end in .md, but is {args.report}")
+    if args.out is None:
+        args.out = Path("output/experiments-quick" if args.quick else "output/experiments")
     return args
 
 
@@ -73,43 +93,22 @@ def experiments(args: argparse.Namespace, argv: Sequence[str]) -> None:
     acts = competitors.check_names(args.acts or [])
     names = {"all": (*study.EXPERIMENTS, "images"), "figures": figures.NEEDED}.get(args.name, (args.name,))
     tables = [study.EXPERIMENTS[name] for name in names if name in study.EXPERIMENTS]
-    workers = args.workers or os.cpu_count() or 1
-    _make(args.out)
-    surroundings = environment(torch.device("cpu"), argv, ("-m", "ditac_timm.experiments"))
-
     seeds, change = args.seeds or (2 if args.quick else None), _change(args)
     jobs = {table.name: study.jobs_of(table, acts, seeds, change) for table in tables}
-    _look_for_data({job.task.name for some in jobs.values() for job in some}, args.data_dir)
-    with tqdm(total=100, bar_format="{percentage:3.0f}% {bar} {elapsed}<{remaining} {desc}", disable=not tables) as bar:
+    _check_what_is_needed(args, {job.task.name for some in jobs.values() for job in some})
+    surroundings = environment(torch.device("cpu"), argv, ("-m", "ditac_timm.experiments"))
 
-        def progress(done: float, whole: float, at_work: str) -> None:
-            bar.set_description_str(at_work, refresh=False)
-            bar.update(100 * done / whole - bar.n)
-
-        study.run([job for some in jobs.values() for job in some], args.out, args.data_dir, workers, progress)
+    _train([job for some in jobs.values() for job in some], args)
     parts = []
     for table in tables:
         by_task: dict[str, list[study.Job]] = {}
         for job in jobs[table.name]:
             by_task.setdefault(job.task.name, []).append(job)
-        own = [report.part_of(table, some, args.out) for some in by_task.values()]
-        text = report.write(table, own, args.out, surroundings)
-        if args.name != "figures":
-            print(text)
+        own = [report.part_of(table, some, args.out, args.quick) for some in by_task.values()]
         parts += own
-
-    real = None
-    if "images" in names:
-        settings = images.Settings.quick() if args.quick else images.Settings()
-        settings = replace(settings, seeds=args.seeds or settings.seeds)
-        with tqdm(total=1, unit="run", disable=None) as bar:
-
-            def count(done: int, total: int, description: str) -> None:
-                bar.total, bar.n = total, done
-                bar.set_description_str(description)
-
-            real = images.markdown(images.run_images(settings, args.out / "images", args.data_dir, workers, count))
-        print(real)
+        if args.name != "figures":
+            print(report.write(table, own, args.out, surroundings))
+    real = _images(args) if "images" in names else None
 
     if args.name in ("all", "figures"):
         page = args.report or args.out / "reproduction.md"
@@ -125,11 +124,43 @@ def experiments(args: argparse.Namespace, argv: Sequence[str]) -> None:
             print(f"Wrote {folder / name}.png")
 
 
+def _train(jobs: Sequence[study.Job], args: argparse.Namespace) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    layout = "{percentage:3.0f}% {bar} {elapsed}<{remaining} {desc}"
+    with tqdm(total=100, bar_format=layout, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+
+        def progress(done: float, whole: float, at_work: str) -> None:
+            bar.set_description_str(at_work, refresh=False)
+            bar.update(100 * done / whole - bar.n)
+
+        study.run(jobs, args.out, args.data_dir, args.workers or cores or 1, progress)
+        bar.update(100 - bar.n)
+
+
+def _images(args: argparse.Namespace) -> str:
+    settings = images.Settings.quick() if args.quick else images.Settings()
+    settings = replace(settings, seeds=args.seeds or settings.seeds)
+    with tqdm(total=1, unit="run", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+
+        def progress(done: int, total: int, description: str) -> None:
+            bar.total = total
+            bar.set_description_str(description, refresh=False)
+            bar.update(done - bar.n)
+
+        text = images.markdown(
+            images.run_images(
+                settings, args.out / "images", args.data_dir, args.workers or os.cpu_count() or 1, progress
+            )
+        )
+    print(text)
+    return text
+
+
 def _change(args: argparse.Namespace) -> Callable[[Task], Task]:
     def change(task: Task) -> Task:
         if args.quick:
             return task.shortened()
-        if task.name == "mnist" and args.mnist_epochs != task.evaluations:
+        if task.name == "mnist" and args.mnist_epochs:
             return replace(
                 task, steps=task.steps * args.mnist_epochs // task.evaluations, evaluations=args.mnist_epochs
             )
@@ -138,12 +169,18 @@ def _change(args: argparse.Namespace) -> Callable[[Task], Task]:
     return change
 
 
-def _look_for_data(tasks: set[str], folder: Path) -> None:
-    """Before anything is trained."""
+def _check_what_is_needed(args: argparse.Namespace, tasks: set[str]) -> None:
+    """Packages, data and a writable folder: before anything is trained."""
+    results.t_quantile(1)
+    if args.name in ("all", "figures"):
+        figures.check_packages()
     if "mnist" in tasks:
-        sources.ubyte_images("MNIST", folder)
+        sources.ubyte_images("MNIST", args.data_dir)
+    if args.name in ("all", "images"):
+        sources.ubyte_images("FashionMNIST", args.data_dir)
     if "autompg" in tasks:
-        sources.auto_mpg(folder)
+        sources.auto_mpg(args.data_dir)
+    _make(args.out)
 
 
 def _make(folder: Path) -> None:
@@ -154,4 +191,7 @@ def _make(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C, so that what was started ends too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     sys.exit(main())

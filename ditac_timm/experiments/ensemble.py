@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..training.checkpoint import write_atomically
+from ..training.errors import RunError
 from . import competitors
 from .tasks import Split, Task
 
@@ -38,9 +41,9 @@ class Ensemble(nn.Module):
             self.weights.append(nn.Parameter(weight.expand(rates, -1, -1, -1).clone()))
             self.biases.append(nn.Parameter(bias.expand(rates, -1, -1, -1).clone()))
         networks = rates, len(seeds)
-        # Layers of one network draw from one seed, but not the same numbers.
+        # Other streams than those of the weights, and one for each layer.
         self.activations = nn.ModuleList(
-            competitors.build(activation, networks, [seed * 100 + layer for seed in seeds])
+            competitors.build(activation, networks, [1_000_000 + seed * 100 + layer for seed in seeds])
             for layer in range(len(sizes) - 2)
         )
 
@@ -108,7 +111,10 @@ def train(
     result: dict[str, Any] = {"evaluated_at": [], "validation": [], "test": [], "mse": []}
     step = 0
     if state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
+        try:
+            state = torch.load(state_file, weights_only=True)
+        except Exception as error:  # of torch, pickle or zip
+            raise RunError(f"{state_file} is damaged: delete it, and what it is of begins anew") from error
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         result, step = state["result"], state["step"]
@@ -131,9 +137,7 @@ def train(
         _evaluate(task, model, splits, result)
         result["evaluated_at"].append(stop)
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "result": result, "step": step}
-        temporary = state_file.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(state_file)
+        write_atomically(state_file, partial(torch.save, state))
 
     result["parameters"] = model.number_of_parameters()
     result["bayes"] = [split.bayes for split in splits]
@@ -171,4 +175,5 @@ def _evaluate(task: Task, model: Ensemble, splits: list[Split], result: dict[str
             if part == "test":
                 unit = torch.tensor([split.unit for split in splits], dtype=torch.float64)
                 result["mse"].append((mse * unit).tolist())
-        result[part].append(score.tolist())
+        finite = outputs.isfinite().all(-1).all(-1)
+        result[part].append(torch.where(finite, score.double(), torch.nan).tolist())  # NaN: it diverged

@@ -1,5 +1,7 @@
 """The supplement's figures 8 to 13, and what the demo's model learned. Needs matplotlib."""
 
+import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -18,21 +20,21 @@ from ..activation import DEFAULT_DOMAINS, DiTAC
 from ..training.errors import RunError, UsageError
 from . import sources
 from .report import Part
-from .results import Row
+from .results import Row, best_on_validation
 from .tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["NEEDED", "draw"]
+__all__ = ["NEEDED", "check_packages", "draw"]
 
 NEEDED = ("table2", "table8", "mnist", "gmm")  # the experiments whose results are drawn
 
 _ROOT = Path(ditac_timm.__file__).parents[1]
 _MAIN = {"DiTAC": "#c2410c", "DiTAC-prior": "#f59e0b"}
 _VERSIONS = {"GE-DiTAC": "#7c3aed", "L-DiTAC": "#db2777", "inf-DiTAC": "#4d7c0f"}
-_OTHERS = ("#1d4ed8", "#0891b2", "#059669", "#64748b", "#111827", "#93c5fd", "#86efac", "#a8a29e", "#c4b5fd")
+_OTHERS = ("#1d4ed8", "#0891b2", "#059669", "#64748b", "#111827", "#60a5fa", "#84cc16", "#a8a29e", "#78350f")
 
 
 def draw(parts: Sequence[Part], folder: Path, out: Path, quick: bool = False) -> dict[str, str]:
@@ -48,13 +50,10 @@ def draw(parts: Sequence[Part], folder: Path, out: Path, quick: bool = False) ->
         The pictures' names, without ending, and their captions.
 
     Raises:
-        UsageError: matplotlib is not installed, or this is not a clone of the repository.
+        UsageError: As `check_packages`.
         RunError: The demo failed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise UsageError("figures need matplotlib: pip install ditac_timm[experiments]") from error
+    check_packages()
     by_task = {part.task.name: part for part in parts if part.experiment.name in NEEDED}
     pictures: dict[str, tuple[str, Callable[[], "Figure"]]] = {
         name: (caption, partial(_trend, by_task[name]))
@@ -70,9 +69,18 @@ def draw(parts: Sequence[Part], folder: Path, out: Path, quick: bool = False) ->
     pictures["versions"] = "A velocity field, and the four versions of DiTAC that it makes (figure 13)", _four_versions
     for name, (_, picture) in pictures.items():
         picture().savefig(folder / f"{name}.png", dpi=130)
-    shutil.copyfile(_demo(out / "demo", quick), folder / "learned.png")
+    shutil.copyfile(_demo(out / ("demo-quick" if quick else "demo"), quick), folder / "learned.png")
     captions = {name: caption for name, (caption, _) in pictures.items()}
     return captions | {"learned": "The activations that mobilenetv3_ditac learned on handwritten digits, over GELU"}
+
+
+def check_packages() -> None:
+    """Raise UsageError if matplotlib or scikit-learn is missing, or this is not a clone of the repository."""
+    for package in ("matplotlib", "sklearn"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"figures need {package}: pip install 'ditac_timm[experiments]'")
+    if not (_ROOT / "demo.py").is_file():
+        raise UsageError(f"figures draw what the repository's demo.py trains, which {_ROOT} lacks: run it in a clone")
 
 
 def _figure(columns: int, rows: int = 1, height: float = 4.2, width: float = 5.2, **kwargs: Any):
@@ -108,7 +116,7 @@ def _trend(part: Part) -> "Figure":
     trend.set_title(task.title, fontsize=10)
     if task.classes:
         trend.set_ylabel("accuracy on the test, %", fontsize=9)
-        best = max(max(row.trend("test")) for row in rows)
+        best = max((max(row.trend("test")) for row in rows if math.isfinite(row.validation)), default=100.0)
         trend.set_ylim(best - 6, best + 0.3)
     else:
         trend.set_ylabel("mean squared error on the test", fontsize=9)
@@ -120,13 +128,13 @@ def _trend(part: Part) -> "Figure":
 
 
 def _learned_function(panel: "Axes", part: Part) -> None:
-    """The target, and what DiTAC and the best competitor make of it, of the seed nearest to the mean."""
+    """The target, and what DiTAC and the best competitor make of it, both of the first seed."""
     rows = part.rows
     x, y = TASKS[part.task.name].split(0, 1, Path()).test
     panel.plot(x[:, 0], y[:, 0], color="#cbd5e1", linewidth=4, label="target")
     mine = [row for row in rows if row.activation in _MAIN]
     others = [row for row in rows if "DiTAC" not in row.activation]
-    for row in [max(group, key=lambda row: row.validation) for group in (others, mine) if group]:
+    for row in [best_on_validation(group) for group in (others, mine) if group]:
         style = _style(row, rows) | {"linewidth": 1.4}
         label = f"{row.activation} (R² {row.final[0]:.1f})"
         panel.plot(x[:, 0], row.result["outputs"][row.rate_index], label=label, **style)
@@ -182,10 +190,7 @@ def _demo(folder: Path, quick: bool) -> Path:
     picture = folder / "mobilenetv3_ditac" / "activations.png"
     if picture.is_file():
         return picture
-    script = _ROOT / "demo.py"
-    if not script.is_file():
-        raise UsageError(f"figures draw what the repository's demo.py trains, which {_ROOT} lacks: run it in a clone")
-    command = [sys.executable, str(script), "--output", str(folder), *(["--epochs", "1"] if quick else [])]
+    command = [sys.executable, str(_ROOT / "demo.py"), "--output", str(folder), *(["--epochs", "1"] if quick else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     if done.returncode:
         raise RunError(f"demo.py failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")

@@ -22,11 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torchvision
 from PIL import Image
 
 import ditac_timm
-from ditac_timm.training.checkpoint import write_atomically
-from ditac_timm.training.errors import RunError, UsageError, first_line
+
+from ..training.checkpoint import write_atomically
+from ..training.errors import RunError, UsageError
+from . import sources
+from .report import table
+from .results import difference, t_quantile
 
 __all__ = ["Run", "Settings", "compare", "markdown", "run_images", "verdict", "write_images"]
 
@@ -52,8 +57,8 @@ class Settings:
     seeds: int = 5
     train_images: int = 5_000
     tuning_images: int = 2_000
-    test_images: int = 5_000
-    epochs: int = 6
+    test_images: int = 4_000
+    epochs: int = 5
     batch_size: int = 64
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     versions_of: str = "test_resnet"
@@ -134,25 +139,15 @@ def write_images(data_dir: Path, folder: Path, train: int, test: int, seed: int,
     odd = [count for count in (train, tuning, test) if count < 10 or count % 10]
     if odd:
         raise UsageError(f"images are chosen evenly of 10 classes: their number must be a multiple of 10, not {odd[0]}")
-    from torchvision.datasets import FashionMNIST
-
-    try:
-        sources = {
-            name: FashionMNIST(str(data_dir), train=name == "train", download=True) for name in ("train", "test")
-        }
-    except (RuntimeError, OSError) as error:
-        raise UsageError(
-            f"--data-dir {data_dir}: Fashion-MNIST cannot be downloaded ({first_line(error)}), and FashionMNIST/raw in "
-            "that folder lacks train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte or "
-            "t10k-labels-idx1-ubyte: put the four there"
-        ) from error
+    arrays = [part.numpy() for part in sources.ubyte_images("FashionMNIST", data_dir)]
+    found = {"train": arrays[:2], "test": arrays[2:]}
     rng = np.random.default_rng(seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         whole = Path(temporary) / "images"
         for source, splits in (("train", {"tuning": tuning, "train": train}), ("test", {"validation": test})):
-            images, labels = sources[source].data.numpy(), sources[source].targets.numpy()
-            for label, class_name in enumerate(FashionMNIST.classes):
+            images, labels = found[source]
+            for label, class_name in enumerate(torchvision.datasets.FashionMNIST.classes):
                 left = rng.permutation(np.flatnonzero(labels == label))
                 if len(left) < sum(splits.values()) // 10:
                     raise UsageError(f"Fashion-MNIST has {len(left)} {source} images of a class: ask for fewer")
@@ -266,7 +261,7 @@ def run_images(
     workers: int = 2,
     progress: Callable[[int, int, str], None] = lambda done, total, description: None,
 ) -> dict[str, Any]:
-    """Train all runs, and return and write to `out`/images.json what they came to.
+    """Train all runs, and return what they came to; it is written to `out` as images.json, .csv and .md.
 
     A second call goes on from what `out` holds of the same settings. It does not see that the recipe or the package
     changed: then use another folder.
@@ -284,7 +279,7 @@ def run_images(
     """
     if not (ROOT / "train.py").is_file():
         raise UsageError(f"images trains by the repository's train.py, which {ROOT} lacks: run it in a clone")
-    _t_quantile(1)  # what it needs may be missing: better now than after hours of training
+    t_quantile(1)  # what it needs may be missing: better now than after hours of training
     train, tuning, test = settings.train_images, settings.tuning_images, settings.test_images
     folder = out / f"{train}-{tuning}-{test}-batch{settings.batch_size}"  # all that a run's own name does not tell
     images = write_images(data_dir, folder / "images", train, test, DATA_SEED, tuning)
@@ -353,7 +348,24 @@ def run_images(
             rows.append({"version": version, "init": init, "command": command, **paired(base, runs_there)})
         result["versions"] = {"network": base, "epochs": epochs, "rows": rows}
     _write_json(out / "images.json", result)
+    write_atomically(out / "images.csv", lambda file: file.write(_sheet(result).encode()))
+    write_atomically(out / "images.md", lambda file: file.write(markdown(result).encode()))
     return result
+
+
+def _sheet(result: dict[str, Any]) -> str:
+    """A line for each final and best top-1, as CSV."""
+    lines = ["network,comparison,model,seed,final,best"]
+    compared = [
+        (base, name, row[name]) for base, row in result["networks"].items() for name in ("equal_epochs", "equal_time")
+    ]
+    if versions := result["versions"]:
+        compared += [(versions["network"], f"{row['version']} {row['init']}", row) for row in versions["rows"]]
+    for network, name, row in compared:
+        for model in ("base", "variant"):
+            scores = zip(row[model]["final"], row[model]["best"], strict=True)
+            lines += [f"{network},{name},{model},{seed},{final},{best}" for seed, (final, best) in enumerate(scores)]
+    return "\n".join(lines) + "\n"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -385,25 +397,15 @@ def compare(base: Sequence[float], variant: Sequence[float]) -> dict[str, Any]:
     spreads: dict[str, Any] = {}
     for name, values in (("base", base), ("variant", variant), ("difference", differences)):
         spreads[name] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
-    difference = spreads["difference"]
-    difference["low"] = difference["high"] = None
-    if difference["sd"] is not None:
-        half = _t_quantile(len(differences) - 1) * difference["sd"] / math.sqrt(len(differences))
-        difference |= {"low": difference["mean"] - half, "high": difference["mean"] + half}
+    gap = difference(variant, base)
+    one = math.isnan(gap.low)
+    spreads["difference"] |= {"low": None if one else gap.low, "high": None if one else gap.high}
     return spreads
 
 
-def _t_quantile(degrees: int) -> float:
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise UsageError("images needs scipy for its intervals: pip install scipy") from error
-    return float(t.ppf(0.975, degrees))
-
-
-def verdict(difference: dict[str, float | None]) -> str:
+def verdict(gap: dict[str, float | None]) -> str:
     """In words, whether an interval with ends `low` and `high` is above 0, below, or neither."""
-    low, high = difference["low"], difference["high"]
+    low, high = gap["low"], gap["high"]
     if low is not None and low > 0:
         return "better"
     return "worse" if high is not None and high < 0 else "no difference seen"
@@ -413,41 +415,40 @@ def markdown(result: dict[str, Any]) -> str:
     """Tables of what `run_images` returned."""
     settings, networks = result["settings"], result["networks"]
     head = ["base", "DiTAC", "difference", "verdict", "difference of best epochs"]
+    lrs = sorted(settings["lrs"])
     equal_epochs, equal_time = [], []
     for base, row in networks.items():
         parameters, seconds = row["parameters"], row["seconds_per_epoch"]
         added = f"{parameters['base']:,} + {parameters['variant'] - parameters['base']:,}"
-        equal_epochs.append([base, f"{row['lr']:g}", added, *_cells(row["equal_epochs"])])
-        times = f"{seconds['base']:.2f} → {seconds['variant']:.2f}"
-        equal_time.append([base, times, str(row["equal_time"]["epochs"]), *_cells(row["equal_time"])])
-    lines = [
+        edge = "*" * (len(lrs) > 1 and row["lr"] in (lrs[0], lrs[-1]))
+        equal_epochs.append([base, f"{row['lr']:g}{edge}", added, *_cells(row["equal_epochs"])])
+        bought = row["equal_time"]["epochs"]
+        share = bought * seconds["variant"] / (settings["epochs"] * seconds["base"])
+        times = f"{seconds['base']:.2f} / {seconds['variant']:.2f}"
+        equal_time.append([base, times, f"{bought}, {share:.0%} of the time", *_cells(row["equal_time"])])
+    parts = [
         f"Top-1 on {settings['test_images']:,} test images of Fashion-MNIST after training on "
-        f"{settings['train_images']:,}; mean ± sd of {settings['seeds']} seeds, differences paired by seed, in points, "
-        "with 95 % t-intervals.",
-        *("", f"Equal epochs, {settings['epochs']}:", ""),
-        *_table(["network", "lr", "parameters", *head], equal_epochs),
-        *(
-            "",
-            f"Equal training time, that of the base's {settings['epochs']} epochs (as many epochs: the same runs):",
-            "",
-        ),
-        *_table(["network", "seconds an epoch", "epochs of DiTAC", *head], equal_time),
+        f"{settings['train_images']:,} by `train.py -c recipes/fashion_mnist.yaml`; mean ± sd of {settings['seeds']} "
+        "seeds, differences paired by seed, in points, with 95 % intervals by Student's t. The learning rate was tuned "
+        "for the base alone, by one seed, on images held out of the training images; DiTAC has the same.",
+        f"Equal epochs, {settings['epochs']}:",
+        table(["network", "learning rate", "parameters", *head], equal_epochs),
+        "\\* the highest or lowest that was tried." if any("*" in row[1] for row in equal_epochs) else "",
+        f"Equal training time, that of the base's {settings['epochs']} epochs, to the nearest (as many: the same "
+        "runs):",
+        table(["network", "seconds an epoch, base / DiTAC", "epochs of DiTAC", *head], equal_time),
     ]
     if versions := result["versions"]:
-        lines += ["", f"Versions and initialisations on {versions['network']}, {versions['epochs']} epochs:", ""]
-        lines += _table(
-            ["version", "init", *head], [[row["version"], row["init"], *_cells(row)] for row in versions["rows"]]
-        )
-    lines += ["", f"Tuning, bases only: final top-1 on {settings['tuning_images']:,} held-out training images:", ""]
-    lines += _table(
-        ["network", *(f"lr {lr:g}" for lr in sorted(settings["lrs"]))],
-        [[base, *(f"{scores['final']:.2f}" for scores in row["tuning"].values())] for base, row in networks.items()],
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+        rows = [[f"{row['version']}, {row['init']}", *_cells(row)] for row in versions["rows"]]
+        parts += [f"Versions and inits on {versions['network']}, equal epochs:", table(["version, init", *head], rows)]
+    parts += [
+        f"Tuning, bases only: final top-1 on {settings['tuning_images']:,} held-out training images:",
+        table(
+            ["network", *(f"{lr:g}" for lr in lrs)],
+            [[base, *(f"{row['tuning'][f'{lr:g}']['final']:.2f}" for lr in lrs)] for base, row in networks.items()],
+        ),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-__all__ = ["Difference", "Row", "Verdict", "difference", "rows_of", "verdict"]
+from ..training.errors import UsageError
 
-_CLOSE = 1.5  # percent: as near to what the paper prints counts as the same
+__all__ = [
+    "Difference", "Row", "Verdict", "best_on_validation", "difference", "plus_minus", "rows_of", "t_quantile", "verdict"
+]  # fmt: skip
+
+MAIN = ("DiTAC", "DiTAC-prior")  # the main version, by its two inits
+
+_CLOSE = 1.5  # percentage points within which a figure counts as the paper's
 
 
 @dataclass(frozen=True)
@@ -19,22 +25,24 @@ class Row:
         activation: Its name.
         parameters: Of one network.
         rate: The learning rate: the highest mean over seeds of the last validation.
-        validation: That mean, in percent.
-        final: Of each seed, R2 or accuracy on the test after the last update, in percent.
-        best: Likewise the highest of all evaluations of the test, as if the test had told when to stop.
+        at_edge: Whether it is the highest or the lowest that was tried, so that others might be better still.
+        validation: That mean, in percent; NaN where every rate diverged.
+        final: Of each seed, R2 or accuracy on the test after the last update, in percent; NaN where it diverged.
+        best: Likewise the highest of all evaluations of the test.
         mse: Of each seed, the test's mean squared error after the last update; none for classes.
-        paper_rate: Final means at the learning rate that the paper names for DiTAC; None if it was not tried.
+        at_paper_rate: As `final`, at the learning rate that the paper names for DiTAC; none if it was not tried.
         result: All of the trainings.
     """
 
     activation: str
     parameters: int
     rate: float
+    at_edge: bool
     validation: float
     final: tuple[float, ...]
     best: tuple[float, ...]
     mse: tuple[float, ...]
-    paper_rate: float | None
+    at_paper_rate: tuple[float, ...]
     result: Mapping[str, Any]
 
     @property
@@ -43,20 +51,18 @@ class Row:
 
     def trend(self, key: str) -> list[float]:
         """Mean over seeds of "test" or "mse" at each evaluation, at the chosen rate."""
-        return [_mean(evaluation[self.rate_index]) for evaluation in self.result[key]]
+        return [mean(evaluation[self.rate_index]) for evaluation in self.result[key]]
 
     def to_dict(self) -> dict[str, Any]:
+        """In plain values; None for what diverged."""
+        values = {"final": self.final, "best": self.best, "mse": self.mse, "at_paper_rate": self.at_paper_rate}
         return {
             "activation": self.activation,
             "parameters": self.parameters,
             "learning_rate": self.rate,
-            "final_mean": _mean(self.final),
-            "final_sd": spread(self.final),
-            "best_mean": _mean(self.best),
-            "best_sd": spread(self.best),
-            "mse_mean": _mean(self.mse) if self.mse else None,
-            "final": list(self.final),
-            "best": list(self.best),
+            **{f"{name}_mean": _finite(mean(some)) for name, some in values.items() if some},
+            **{f"{name}_sd": _finite(_spread(some)) for name, some in values.items() if len(some) > 1},
+            **{name: [_finite(value) for value in some] for name, some in values.items()},
         }
 
 
@@ -64,52 +70,77 @@ def rows_of(results: Sequence[Mapping[str, Any]], paper_rate: float) -> list[Row
     """A row for each of an experiment's results on one task, in their order."""
     rows = []
     for result in results:
-        last = [_mean(seeds) for seeds in result["validation"][-1]]
-        chosen = max(range(len(last)), key=lambda index: -math.inf if math.isnan(last[index]) else last[index])
-        seeds = range(len(result["seeds"]))
+        rates = result["rates"]
+        last = [mean(seeds) for seeds in result["validation"][-1]]
+        chosen = max(range(len(last)), key=lambda index: _or_least(last[index]))
         finals = result["test"][-1]
+        by_seed = zip(*(evaluation[chosen] for evaluation in result["test"]), strict=True)
         rows.append(
             Row(
                 activation=result["activation"],
                 parameters=result["parameters"],
-                rate=result["rates"][chosen],
+                rate=rates[chosen],
+                at_edge=len(rates) > 1 and rates[chosen] in (min(rates), max(rates)),
                 validation=last[chosen],
                 final=tuple(finals[chosen]),
-                best=tuple(
-                    max((e[chosen][s] for e in result["test"] if not math.isnan(e[chosen][s])), default=math.nan)
-                    for s in seeds
-                ),
+                best=tuple(max(filter(math.isfinite, scores), default=math.nan) for scores in by_seed),
                 mse=tuple(result["mse"][-1][chosen]) if result["mse"] else (),
-                paper_rate=(
-                    _mean(finals[result["rates"].index(paper_rate)]) if paper_rate in result["rates"] else None
-                ),
+                at_paper_rate=tuple(finals[rates.index(paper_rate)]) if paper_rate in rates else (),
                 result=result,
             )
         )
     return rows
 
 
+def best_on_validation(rows: Sequence[Row]) -> Row:
+    return max(rows, key=lambda row: _or_least(row.validation))
+
+
 class Difference(NamedTuple):
-    """Mean of paired differences with its 95 % interval, by Student's t; infinite for a single pair."""
+    """Mean of paired differences with its 95 % interval; NaN ends for a single pair."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        if not math.isfinite(self.mean):
+            return "diverged"
+        return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]")
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """First minus second, paired by seed; of as many seeds as both have, which begin alike."""
-    from scipy import stats
+def difference(first: Sequence[float], second: Sequence[float], overlap: float = 0.0) -> Difference:
+    """First minus second, paired by seed, with an interval by Student's t.
 
-    differences = [a - b for a, b in zip(first, second, strict=False)]
-    centre = _mean(differences)
+    Args:
+        first: A score of each seed.
+        second: The same seeds' in the same order.
+        overlap: Test examples for each one learned from, where all seeds divide the same examples anew. Their scores
+            then depend on each other, and the interval is wider: Nadeau and Bengio, "Inference for the Generalization
+            Error", Machine Learning 2003.
+
+    Raises:
+        UsageError: scipy is missing.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    centre = mean(differences)
     if len(differences) < 2:
-        return Difference(centre, -math.inf, math.inf)
-    half = stats.t.ppf(0.975, len(differences) - 1) * spread(differences) / math.sqrt(len(differences))
+        return Difference(centre, math.nan, math.nan)
+    half = t_quantile(len(differences) - 1) * _spread(differences) * math.sqrt(1 / len(differences) + overlap)
     return Difference(centre, centre - half, centre + half)
+
+
+def t_quantile(degrees: int) -> float:
+    """Of Student's t, such that 95 % lie between its negative and itself.
+
+    Raises:
+        UsageError: scipy is missing.
+    """
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise UsageError("intervals need scipy: pip install 'ditac_timm[experiments]'") from error
+    return float(t.ppf(0.975, degrees))
 
 
 class Verdict(NamedTuple):
@@ -117,38 +148,61 @@ class Verdict(NamedTuple):
     why: str
 
 
-def verdict(rows: Sequence[Row], paper: Mapping[str, float]) -> Verdict | None:
+def verdict(
+    rows: Sequence[Row], paper: Mapping[str, float], overlap: float = 0.0, at_paper_rate: bool = False
+) -> Verdict | None:
     """What became of the claim that DiTAC is best; None where there is nothing to compare.
 
-    The main version, with the init that validation chooses, against the competitor that it chooses. "holds": the
-    interval of the paired difference is above 0, and DiTAC's mean not below the paper's by more than 1.5 points.
-    "direction only": its mean is above, no more. Else "not reproduced".
+    The main version, with the init that validation prefers, against the competitor that it prefers. "holds": the
+    interval of the paired difference is above 0, and DiTAC's mean at most 1.5 points below the paper's figure.
+    "direction only": the interval is above 0. Else "not reproduced".
+
+    Args:
+        rows: Of one task.
+        paper: What the paper prints, by activation.
+        overlap: As for `difference`.
+        at_paper_rate: Whether to compare at the paper's learning rate, where every competitor is tried, and the one
+            that is best there is the rival.
     """
-    main = [row for row in rows if row.activation in ("DiTAC", "DiTAC-prior")]
+    if at_paper_rate:
+        rows = [row for row in rows if row.at_paper_rate]
+    main = [row for row in rows if row.activation in MAIN]
     others = [row for row in rows if "DiTAC" not in row.activation]
     if not main or not others:
         return None
-    best, rival = (max(group, key=lambda row: _or_least(row.validation)) for group in (main, others))
-    gap = difference(best.final, rival.final)
-    mean_final, printed = _mean(best.final), paper.get("DiTAC")
-    why = f"{best.activation} minus {rival.activation}, the best competitor on validation: {gap} points"
+
+    def score(row: Row) -> tuple[float, ...]:
+        return row.at_paper_rate if at_paper_rate else row.final
+
+    if at_paper_rate:
+        best, rival = (max(group, key=lambda row: _or_least(mean(score(row)))) for group in (main, others))
+    else:
+        best, rival = best_on_validation(main), best_on_validation(others)
+    gap, printed = difference(score(best), score(rival), overlap), paper.get("DiTAC")
+    why = f"{best.activation} minus {rival.activation}, the best competitor: {gap} points"
     if printed is not None:
-        why += f"; DiTAC reaches {mean_final:.1f}, the paper {printed}"
-    if gap.low > 0 and (printed is None or mean_final >= printed - _CLOSE):
-        return Verdict("holds", why)
-    if gap.mean > 0:
-        return Verdict("direction only", why)
-    return Verdict("not reproduced", why)
+        why += f"; DiTAC reaches {mean(score(best)):.1f}, the paper {printed}"
+    if gap.low > 0:
+        near = printed is None or mean(score(best)) >= printed - _CLOSE
+        return Verdict("holds" if near else "direction only", why)
+    if gap.high < 0:
+        return Verdict("not reproduced", f"DiTAC is worse: {why}")
+    return Verdict("not reproduced", f"no difference seen: {why}")
 
 
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation over seeds; 0 for a single one."""
-    finite = [value for value in values if not math.isnan(value)]
-    return math.nan if len(finite) < len(values) else stdev(finite) if len(finite) > 1 else 0.0
+def plus_minus(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation over seeds."""
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def _mean(values: Sequence[float]) -> float:
-    return mean(values)
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _or_least(value: float) -> float:

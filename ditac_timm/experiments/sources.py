@@ -1,8 +1,6 @@
 """Where data come from: downloaded by the usual library, or a folder the user names."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from ..training.errors import RunError
+from ..training.errors import UsageError, first_line
 
 __all__ = ["Mixture", "auto_mpg", "draw_mixture", "ubyte_images"]
 
@@ -20,23 +18,18 @@ def ubyte_images(name: str, folder: Path) -> tuple[Tensor, Tensor, Tensor, Tenso
     """MNIST or FashionMNIST by torchvision: `(N, 28, 28)` uint8 and labels, of training and test.
 
     Raises:
-        RunError: It is not in the folder, and cannot be downloaded.
+        UsageError: It is not in the folder, and cannot be downloaded.
     """
     data = getattr(torchvision.datasets, name)
-    with _reported(name, folder):
-        train, test = (data(folder, train=train, download=True) for train in (True, False))
-    return train.data, train.targets, test.data, test.targets
-
-
-@contextmanager
-def _reported(name: str, folder: Path) -> Iterator[None]:
     try:
-        yield
+        train, test = (data(folder, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        raise RunError(
-            f"{name} is not in {folder / name / 'raw'} and cannot be downloaded: put its four ubyte files there, or "
-            "name another folder by --data-dir"
+        raise UsageError(
+            f"--data-dir {folder}: {name} cannot be downloaded ({first_line(error)}), and {name}/raw in that folder "
+            "lacks train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte or t10k-labels-idx1-ubyte: "
+            "put the four there"
         ) from error
+    return train.data, train.targets, test.data, test.targets
 
 
 def auto_mpg(folder: Path) -> tuple[Tensor, Tensor]:
@@ -45,25 +38,28 @@ def auto_mpg(folder: Path) -> tuple[Tensor, Tensor]:
     From `auto-mpg.data`, UCI's file, where the folder has it; else from the package vega_datasets.
 
     Raises:
-        RunError: Neither is there.
+        UsageError: Neither is there, or the file is another.
     """
     file = folder / "auto-mpg.data"
     if file.is_file():
         lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-        pairs = [
-            (float(line[0]), float(line[3])) for line in lines if "?" not in (line[0], line[3]) and line[0] != "NA"
-        ]
+        try:
+            pairs = [(float(line[0]), float(line[3])) for line in lines if not {"?", "NA"} & {line[0], line[3]}]
+        except (ValueError, IndexError) as error:
+            raise UsageError(
+                f"{file} is not UCI's: its columns are mpg, cylinders, displacement, horsepower ..."
+            ) from error
     else:
         try:
             cars = json.loads(resources.files("vega_datasets").joinpath("_data", "cars.json").read_text())
         except (ImportError, FileNotFoundError) as error:
-            raise RunError(
-                f"Auto-MPG is not there: pip install ditac_timm[experiments], or put UCI's auto-mpg.data in {folder} "
+            raise UsageError(
+                f"Auto-MPG is not there: pip install 'ditac_timm[experiments]', or put UCI's auto-mpg.data in {folder} "
                 "(--data-dir)"
             ) from error
         pairs = [(car["Miles_per_Gallon"], car["Horsepower"]) for car in cars]
         pairs = [pair for pair in pairs if None not in pair]
-    numbers = torch.tensor(pairs, dtype=torch.float64)
+    numbers = torch.tensor(sorted(pairs), dtype=torch.float64)  # sources differ in their order
     return numbers[:, :1], numbers[:, 1:]
 
 

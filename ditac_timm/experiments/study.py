@@ -4,22 +4,26 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..training.checkpoint import write_atomically
-from ..training.errors import RunError
+from ..training.errors import RunError, first_line
 from . import competitors
 from .ensemble import train
 from .tasks import TASKS, Task
 
 __all__ = ["EXPERIMENTS", "Experiment", "Job", "run"]
+
+_EDITION = 1  # to be raised with any change of what is learned, or how: earlier results are then not used
 
 VERSIONS = ("DiTAC", "DiTAC-prior", "GE-DiTAC", "L-DiTAC", "inf-DiTAC")
 EVERYTHING = (*competitors.COMPETITORS, *VERSIONS)
@@ -95,7 +99,6 @@ _EXPERIMENTS = (
             "DiTAC", "DiTAC-domain-1", "DiTAC-domain-6", "DiTAC-5-cells", "DiTAC-20-cells",
             "DiTAC-reg-0.001", "DiTAC-reg-0.1",
         ),
-        seeds=3,
     ),
 )  # fmt: skip
 EXPERIMENTS = {experiment.name: experiment for experiment in _EXPERIMENTS}
@@ -120,7 +123,7 @@ class Job:
     def file(self, out: Path) -> Path:
         """Where its result is; another file for other settings."""
         task = self.task
-        settings = [task.sizes, task.steps, task.batch, task.rates, task.evaluations, self.seeds]
+        settings = [_EDITION, task.sizes, task.steps, task.batch, task.rates, task.evaluations, self.seeds]
         settings += [competitors.DITAC.get(self.activation)]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         slug = "".join(c if c.isalnum() else "_" for c in self.activation)
@@ -135,10 +138,14 @@ def jobs_of(
 ) -> list[Job]:
     """The trainings of an experiment, those given or its own; its tasks are changed first, as by `--quick`."""
     return [
-        Job(change(TASKS[task]), activation, tuple(range(seeds or experiment.seeds)))
+        Job(_for(change(TASKS[task]), activation), activation, tuple(range(seeds or experiment.seeds)))
         for task in experiment.tasks
         for activation in activations or experiment.activations
     ]
+
+
+def _for(task: Task, activation: str) -> Task:
+    return task if competitors.is_ditac(activation) else replace(task, rates=(*task.more_rates, *task.rates))
 
 
 _report: Any = None  # in a worker: the queue on which it tells its share
@@ -151,12 +158,17 @@ def _start_worker(queue: Any) -> None:
     torch.set_num_threads(1)
 
 
+def _tell(name: str, share: float) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # killed, so nobody waits for this
+        sys.exit(1)
+    _report.put((name, share))
+
+
 def _work(job: Job, out: Path, data_dir: Path) -> None:
     file = job.file(out)
     state = file.with_suffix(".pt")
-    result = train(
-        job.task, job.activation, list(job.seeds), data_dir, state, lambda share: _report.put((file.name, share))
-    )
+    result = train(job.task, job.activation, list(job.seeds), data_dir, state, partial(_tell, file.name))
     result |= {"task": job.task.name, "activation": job.activation, "rates": job.task.rates, "seeds": job.seeds}
     result |= {"steps": job.task.steps, "batch": job.task.batch, "sizes": job.task.sizes}
     write_atomically(file, lambda stream: stream.write(json.dumps(result).encode()))
@@ -186,11 +198,14 @@ def run(
     whole = sum(job.cost for job in missing.values())
     shares = dict.fromkeys(missing, 0.0)
     context = multiprocessing.get_context("spawn")
-    queue = context.Manager().Queue()
-    with ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, (queue,)) as pool:
+    before = set(multiprocessing.active_children())
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, (queue := manager.Queue(),)) as pool,
+    ):
         # The longest first, so that none is left alone at the end.
         order = sorted(missing.values(), key=lambda job: -job.cost)
-        waiting = {pool.submit(_work, job, out, data_dir) for job in order}
+        waiting = {pool.submit(_work, job, out, data_dir): job for job in order}
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -200,13 +215,17 @@ def run(
                 at_work = [f"{missing[n].task.name} {missing[n].activation}" for n, s in shares.items() if 0 < s < 1]
                 progress(sum(missing[n].cost * s for n, s in shares.items()), whole, " | ".join(at_work))
                 for future in done:
-                    waiting.remove(future)
+                    job = waiting.pop(future)
                     try:
                         future.result()
+                    except RunError:
+                        raise
                     except BrokenProcessPool as error:
                         raise RunError("a process was killed, perhaps for memory: run the same again") from error
+                    except Exception as error:
+                        raise RunError(f"{job.activation} on {job.task.name}: {first_line(error)}") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise

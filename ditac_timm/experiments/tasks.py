@@ -49,8 +49,10 @@ class Task:
         steps: Updates.
         batch: Examples in each.
         rates: Learning rates that are tried.
+        more_rates: Those that competitors are tried with besides.
         paper_rate: The one that the supplement names for DiTAC.
         evaluations: How often validation and test are looked at.
+        overlap: Test examples for each one learned from, where seeds split the same few examples anew.
         quick_steps: Updates with `--quick`.
     """
 
@@ -62,14 +64,16 @@ class Task:
     steps: int = 40_000
     batch: int = 98
     rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3)
+    more_rates: tuple[float, ...] = (3e-2,)
     paper_rate: float = 1e-2
     evaluations: int = 100
     quick_steps: int = 2000
+    overlap: float = 0.0
 
     def shortened(self) -> "Task":
         """For `--quick`: few updates, and the paper's learning rate and one more."""
         other = next(rate for rate in self.rates if rate != self.paper_rate)
-        return replace(self, steps=self.quick_steps, rates=(self.paper_rate, other), evaluations=10)
+        return replace(self, steps=self.quick_steps, rates=(self.paper_rate, other), more_rates=(), evaluations=10)
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -205,8 +209,9 @@ _TASKS = (
         "Auto-MPG, horsepower from MPG",
         _auto_mpg_split,
         (1, 100, 100, 1),
-        rates=(1e-2, 1e-3, 1e-4),
+        rates=(1e-2, 1e-3),
         quick_steps=500,
+        overlap=78 / 252,
     ),
     Task(
         "mnist",
@@ -217,6 +222,7 @@ _TASKS = (
         steps=150 * (55_000 // 64),
         batch=64,
         rates=(1e-3, 1e-4),
+        more_rates=(),
         paper_rate=1e-4,
         evaluations=150,
         quick_steps=859,

@@ -292,7 +292,7 @@ class _Activate(torch.autograd.Function):
 def activate_rows(x: Tensor, theta: Tensor, tessellation: cpab.Tessellation, version: str, bins: int) -> Tensor:
     """`activate` of each row of x with a theta of its own: many networks that are trained as one.
 
-    `torch.vmap` over `activate` gives the same at twice the time or more.
+    In eager calls; `torch.vmap` over `activate` gives the same anywhere, at twice the time or more.
 
     Args:
         x: `(R, ...)`, as for `lookup`.
@@ -305,9 +305,11 @@ def activate_rows(x: Tensor, theta: Tensor, tessellation: cpab.Tessellation, ver
         Of x's shape and dtype, contiguous; differentiable once.
 
     Raises:
-        ValueError: theta has another shape.
+        ValueError: theta has another shape, or there is no row.
         TypeError, ValueError, NotImplementedError: As `lookup` and `tabulate`.
     """
+    if x.ndim == 0 or not len(x):
+        raise ValueError(f"x must have a row at least, but has the shape {tuple(x.shape)}.")
     if theta.shape != (len(x), tessellation.dim):
         raise ValueError(f"theta must have the shape ({len(x)}, {tessellation.dim}), but has {tuple(theta.shape)}.")
     if not x.is_floating_point():

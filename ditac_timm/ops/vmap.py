@@ -1,4 +1,4 @@
-"""`torch.vmap` of the operators: one table takes all of x at once; with tables of their own, rows go in turn."""
+"""`torch.vmap` of the operators: one table is looked up for all of x at once; all else goes row by row."""
 
 from typing import Any
 
@@ -15,6 +15,8 @@ def register(name: str) -> None:
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         if name == "lookup" and in_dims[1] is None:
             return operator(*arguments), in_dims[0]
+        if not info.batch_size:
+            raise ValueError(f"torch.vmap over ditac::{name} needs a row at least.")
         outputs = [
             operator(*(a.select(d, row) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True)))
             for row in range(info.batch_size)

@@ -1,6 +1,7 @@
 """`python -m ditac_timm.experiments`: what it writes, goes on with, and refuses."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 from ditac_timm.experiments import __main__ as command
 from ditac_timm.experiments import figures, report, study
 from ditac_timm.experiments.ensemble import train
+from ditac_timm.experiments.results import Verdict
 from ditac_timm.experiments.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +63,7 @@ def test_a_table_is_printed_and_written_three_times(
     assert document["environment"]["command"].startswith("python -m ditac_timm.experiments table8 --seeds 2")
     assert [row["activation"] for row in document["rows"]] == ["ReLU", "DiTAC", "Swish"]
     assert all(len(row["final"]) == 2 for row in document["rows"])
-    assert document["verdicts"]["sines"]["word"] in ("holds", "direction only", "not reproduced")
+    assert document["verdicts"]["sines"][""]["word"] in ("holds", "direction only", "not reproduced")
     with open(tmp_path / "table8.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["final_mean"]) for row in rows] == [row["final_mean"] for row in document["rows"]]
@@ -97,6 +99,7 @@ def test_everything_makes_a_page_with_pictures(
     assert "of real images" in text
     assert f"python -m ditac_timm.experiments all --seeds 2 --out {tmp_path}" in text
     assert "None" not in text
+    assert "nan" not in text
     for name in ("sinexp", "plane", "sines", "gmm", "versions", "learned"):
         assert f"](reproduction/{name}.png)" in text
         picture = Image.open(tmp_path / "docs" / "reproduction" / f"{name}.png")
@@ -112,8 +115,8 @@ def test_the_question_of_versions_is_answered_by_intervals() -> None:
             "validation": evaluation, "test": evaluation, "mse": [], "bayes": [None],
         }  # fmt: skip
 
-    def said(*results: dict) -> tuple[str, str]:
-        rows = report.rows_of(results, 1e-2)
+    def said(*found: dict) -> Verdict:
+        rows = report.rows_of(found, 1e-2)
         return report._versions(report.Part(study.EXPERIMENTS["table9"], TASKS["plane"], rows))
 
     noise = said(
@@ -122,11 +125,39 @@ def test_the_question_of_versions_is_answered_by_intervals() -> None:
         row("inf-DiTAC", 1, 2, 3),
         row("inf-DiTAC-prior", 98, 97, 99),
     )
-    assert noise[0] == "not reproduced"
-    assert "within the noise of seeds" in noise[1]
-    assert "best seeds: DiTAC 99.0; GE-DiTAC 99.0; inf-DiTAC-prior 99.0" in noise[1]
-    assert said(row("DiTAC", 90, 91, 90), row("GE-DiTAC", 99, 99, 98.5))[0] == "holds"
-    assert "another version is best" in said(row("DiTAC", 99, 99, 98.5), row("GE-DiTAC", 90, 91, 90))[1]
+    assert noise.word == "not reproduced"
+    assert "within the noise of seeds: GE-DiTAC minus DiTAC" in noise.why
+    assert "best seeds: DiTAC 99.0, GE-DiTAC 99.0, inf-DiTAC-prior 99.0" in noise.why
+    assert said(row("DiTAC", 90, 91, 90), row("GE-DiTAC", 99, 99, 98.5)).word == "holds"
+    assert "another version is better" in said(row("DiTAC", 99, 99, 98.5), row("GE-DiTAC", 90, 91, 90)).why
+    one_worse = said(row("DiTAC", 97, 99, 98), row("GE-DiTAC", 99, 97, 98.5), row("L-DiTAC", 1, 2, 3))
+    assert one_worse.word == "not reproduced"
+
+
+def test_questions_are_answered_by_intervals() -> None:
+    def row(name: str, *final: float):
+        evaluation = [[list(final)]]
+        return {
+            "activation": name, "parameters": 1, "rates": [1e-2], "seeds": [0] * len(final), "evaluated_at": [1],
+            "validation": evaluation, "test": evaluation, "mse": [], "bayes": [None],
+        }  # fmt: skip
+
+    parts = [
+        report.Part(
+            study.EXPERIMENTS["ablation"],
+            TASKS[task],
+            report.rows_of(
+                [row("DiTAC", 97, 97.5, 98), row("DiTAC-5-cells", *five), row("DiTAC-20-cells", 97.1, 97.4, 98)], 1e-2
+            ),
+        )
+        for task, five in (("sines", (90, 91, 90)), ("plane", (99, 99.5, 99.9)))
+    ]
+    text = report._choices(parts)
+    assert (
+        "- **How many cells?** DiTAC-5-cells is better on 1, worse on 1 of 2; DiTAC-20-cells is better on 0, wor"
+        in text
+    )
+    assert "Which init?" not in text
 
 
 def test_interrupted_it_goes_on(tmp_path: Path) -> None:
@@ -175,6 +206,10 @@ def test_interrupted_it_goes_on(tmp_path: Path) -> None:
         ("table8 --acts DiTACC", "did you mean DiTAC"),
         ("table8 --seeds 0", "--seeds must be at least 1, not 0"),
         ("mnist --mnist-epochs 0", "--mnist-epochs must be at least 1"),
+        ("gmm --mnist-epochs 3", "--mnist-epochs is for mnist, figures and all, not for gmm"),
+        ("images --acts ReLU", "--acts is not for images"),
+        ("table8 --report page.md", "--report is for all"),
+        ("all --report page", "--report must end in .md, but is page"),
         ("table8 --out /proc/x", "/proc/x cannot be made"),
     ],
 )
@@ -194,9 +229,32 @@ def test_data_are_looked_for_before_anything_is_trained(
         raise OSError("no network")
 
     monkeypatch.setattr(command.sources.torchvision.datasets.MNIST, "download", no_network)
-    assert command.main(["mnist", "--out", str(tmp_path), "--data-dir", str(tmp_path / "none")]) == 1
-    assert "put its four ubyte files there" in capsys.readouterr().err
+    assert command.main(["mnist", "--out", str(tmp_path), "--data-dir", str(tmp_path / "none")]) == 2
+    assert "MNIST cannot be downloaded (no network), and MNIST/raw in that folder lacks" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("package", ["scipy", "matplotlib"])
+def test_missing_packages_are_named_before_anything_is_trained(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find_spec(name, *a))
+    if package == "scipy":
+        monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert command.main(["figures", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"need {package}" in said
+    assert "pip install 'ditac_timm[experiments]'" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shortened_runs_claim_nothing(here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["table8", "--quick", "--acts", "ReLU", "DiTAC", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "Shortened by `--quick`" in said
+    assert "eproduced" not in said
+    assert json.loads((tmp_path / "table8.json").read_text())["verdicts"] == {"sines": {}}
 
 
 def test_pictures_show_every_activation(tmp_path: Path) -> None:

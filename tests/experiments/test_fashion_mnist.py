@@ -95,7 +95,13 @@ def test_versions_are_compared_with_the_base_of_their_network(data_dir, tmp_path
         return {"final": top1, "best": top1 + 1, "seconds": [seconds], "parameters": 5, "command": run.name}
 
     monkeypatch.setattr(experiment._Trainer, "_finished_or_trained", scored)
-    more = {"epochs": 8, "lrs": (0.001, 0.01), "seeds": 3, "versions": (("ge", "match"), ("leaky", "match"))}
+    more = {
+        "epochs": 8,
+        "lrs": (0.001, 0.01),
+        "seeds": 3,
+        "versions_of": "test_convnext",
+        "versions": (("ge", "match"), ("leaky", "match")),
+    }
     result = experiment.run_images(experiment.Settings(**{**vars(SMALL), **more}), tmp_path, data_dir)
     network = result["networks"]["test_convnext"]
     assert network["lr"] == 0.001

@@ -10,7 +10,7 @@ from scipy import stats
 
 from ditac_timm.experiments import sources
 from ditac_timm.experiments.tasks import TASKS
-from ditac_timm.training.errors import RunError
+from ditac_timm.training.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,11 @@ def test_cars_from_uci_s_file_and_from_the_package_are_the_same(tmp_path: Path) 
     (tmp_path / "auto-mpg.data").write_text("\n".join([*rows, '25.0 4 98.0 ? 2046. 19.0 71 1\t"ford pinto"', ""]))
     for ours, theirs in zip(sources.auto_mpg(tmp_path), (mpg, power), strict=True):
         assert torch.equal(ours, theirs)
+    (tmp_path / "auto-mpg.data").write_text("\n".join(reversed(rows)))
+    assert torch.equal(sources.auto_mpg(tmp_path)[0], mpg)
+    (tmp_path / "auto-mpg.data").write_text("mpg,cylinders\n18,8")
+    with pytest.raises(UsageError, match=r"auto-mpg\.data is not UCI's"):
+        sources.auto_mpg(tmp_path)
 
 
 def test_without_data_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +89,14 @@ def test_without_data_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", no_network)
-    with pytest.raises(RunError, match=r"MNIST is not in .* put its four ubyte files there, or name .* --data-dir"):
+    with pytest.raises(UsageError, match=r"--data-dir .*: MNIST cannot be downloaded .*, and MNIST/raw .* lacks train"):
         sources.ubyte_images("MNIST", tmp_path)
 
     def no_package(_: str) -> None:
         raise ModuleNotFoundError
 
     monkeypatch.setattr(sources.resources, "files", no_package)
-    with pytest.raises(RunError, match=r"pip install ditac_timm\[experiments\], or put UCI's auto-mpg.data in"):
+    with pytest.raises(UsageError, match=r"pip install 'ditac_timm\[experiments\]', or put UCI's auto-mpg.data in"):
         sources.auto_mpg(tmp_path)
 
 

@@ -281,7 +281,7 @@ CHANGED = [
 ]
 EPOCHS = 2
 # Many images, or two processes, for flags that others here have too.
-SLOW = {"seresnet34", "mixnet_xl", "resnext50", "resnet50_a2"}
+SLOW = {"seresnet34", "mixnet_xl", "resnext50", "resnet50_a2", "vit_base", "resnet50_jsd"}
 
 
 def arguments(command: str) -> list[str]:

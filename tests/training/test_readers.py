@@ -265,7 +265,7 @@ def test_a_killed_run_ends_as_the_run_that_was_not(
     assert_same_runs(folder, whole)
 
 
-@pytest.mark.parametrize("name", ["wds by info", "hfds, parquet"])
+@pytest.mark.parametrize("name", ["wds by info", pytest.param("hfds, parquet", marks=pytest.mark.sweep)])
 def test_two_processes_score_every_image_once(
     digits: Path, tmp_path: Path, score: Callable[..., dict], name: str
 ) -> None:
