@@ -110,7 +110,7 @@ def test_versions_are_compared_with_the_base_of_their_network(data_dir, tmp_path
     rows = {row["version"]: row["statistics"]["final"]["difference"] for row in result["versions"]["rows"]}
     assert list(rows) == ["ditac", "ge", "leaky"]
     assert rows["leaky"] == {"mean": 1.0, "sd": 0.0, "low": 1.0, "high": 1.0}
-    assert "| leaky | match | 81.00 ± 1.00 | 82.00 ± 1.00 | +1.00 [+1.00, +1.00] | better |" in experiment.markdown(
+    assert "| leaky, match | 81.00 ± 1.00 | 82.00 ± 1.00 | +1.00 [+1.00, +1.00] | better |" in experiment.markdown(
         result
     )
 
