@@ -131,8 +131,14 @@ def is_ditac(name: str) -> bool:
 def check_names(names: list[str]) -> list[str]:
     """The names as they are spelled above, whatever their case; raises UsageError for one that is none of them."""
     known = {name.lower(): name for name in (*COMPETITORS, *DITAC)}
+    also = {
+        "lrelu": "LeakyReLU",
+        "ge": "GE-DiTAC",
+        "leaky": "L-DiTAC",
+        "inf": "inf-DiTAC",
+    }  # the paper's, and `version`
     for name in names:
-        if name.lower() not in known:
+        if name.lower() not in known | also:
             near = suggestion(name, known.values())
             raise UsageError(f"--acts {name} is unknown{near}: give some of {', '.join(known.values())}")
-    return list(dict.fromkeys(known[name.lower()] for name in names))
+    return list(dict.fromkeys((known | also)[name.lower()] for name in names))

@@ -140,7 +140,7 @@ def _learned_function(panel: "Axes", part: Part) -> None:
         panel.plot(x[:, 0], row.result["outputs"][row.rate_index], label=label, **style)
     panel.set_title("learned, first seed", fontsize=10)
     panel.set_xlabel("x", fontsize=9)
-    panel.set_ylim(y.min().item() - 0.15 * y.std().item(), y.max().item() + 1.6 * y.std().item())
+    panel.set_ylim(y.min().item() - 0.5 * y.std().item(), y.max().item() + 1.6 * y.std().item())
     panel.legend(fontsize=8, frameon=False, loc="upper left")
 
 

@@ -55,9 +55,9 @@ class Settings:
 
     networks: tuple[str, ...] = ("test_resnet", "test_convnext", "mobilenetv3_small_050")
     seeds: int = 5
-    train_images: int = 5_000
-    tuning_images: int = 2_000
-    test_images: int = 4_000
+    train_images: int = 4_000
+    tuning_images: int = 1_000
+    test_images: int = 3_000
     epochs: int = 5
     batch_size: int = 64
     lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)

@@ -53,7 +53,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_table_is_printed_and_written_three_times(
     here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["table8", "--seeds", "2", "--acts", "relu", "DiTAC", "Swish", "--out", str(tmp_path)]
+    argv = ["table8", "--seeds", "2", "--acts", "relu", "DiTAC", "Swish", "ReLU", "--out", str(tmp_path)]
     assert command.main(argv) == 0
     said = capsys.readouterr().out
     assert (tmp_path / "table8.md").read_text() in said
