@@ -177,9 +177,9 @@ The first term is sin(9x - 7y), as in the official code; the supplement prints s
     "autompg": """
 392 cars with both quantities, both standardised, divided anew for each seed: 64 % to learn from, 16 % to choose by,
 20 % to test on. The divisions share cars, so intervals are corrected after Nadeau and Bengio; and the one learning rate
-is chosen by all divisions' validation, where a car of one's test may be. The supplement trains twice as long, for 40,000
-updates; 252 cars are seen 7,800 times here. The paper prints one number each, and none for
-PDELU, whose training it calls unstable.
+is chosen by all divisions' validation, where a car of one's test may be. The supplement trains twice as long, for
+40,000 updates; even so each car is seen 7,800 times. The paper prints one number each, and none for PDELU, whose
+training it calls unstable.
 """,
     "mnist": """
 The supplement's learning rate of "1 * 10^4" is read as 1e-4. It trains on all 60,000 images for 150 epochs; here a
