@@ -46,7 +46,9 @@ class Part(NamedTuple):
         return len(self.rows[0].final)
 
     def minus(self, first: Row, second: Row) -> Difference:
-        return difference(first.final, second.final, self.task.overlap)
+        """Of as many seeds as both have, which begin alike."""
+        number = min(len(first.final), len(second.final))
+        return difference(first.final[:number], second.final[:number], self.task.overlap)
 
     def verdicts(self) -> dict[str, Verdict]:
         """Of the claim that DiTAC is best, by what it is said of; none of shortened runs."""
@@ -275,7 +277,9 @@ def _choices(parts: Sequence[Part]) -> str:
     by_task: dict[str, tuple[Part, dict[str, Row]]] = {}
     for part in parts:
         rows = by_task.setdefault(part.task.name, (part, {}))[1]
-        rows |= {row.activation: row for row in part.rows}
+        for row in part.rows:  # of what was run twice, the one with more seeds
+            if row.activation not in rows or len(row.final) > len(rows[row.activation].final):
+                rows[row.activation] = row
     by_task = {task: found for task, found in by_task.items() if "DiTAC" in found[1]}
     body, answers = [], []
     for question, names in _QUESTIONS.items():

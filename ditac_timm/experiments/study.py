@@ -99,6 +99,7 @@ _EXPERIMENTS = (
             "DiTAC", "DiTAC-domain-1", "DiTAC-domain-6", "DiTAC-5-cells", "DiTAC-20-cells",
             "DiTAC-reg-0.001", "DiTAC-reg-0.1",
         ),
+        seeds=3,
     ),
 )  # fmt: skip
 EXPERIMENTS = {experiment.name: experiment for experiment in _EXPERIMENTS}
