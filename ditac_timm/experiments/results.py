@@ -31,6 +31,7 @@ class Row:
         best: Likewise the highest of all evaluations of the test.
         mse: Of each seed, the test's mean squared error after the last update; none for classes.
         at_paper_rate: As `final`, at the learning rate that the paper names for DiTAC; none if it was not tried.
+        validation_at_paper_rate: As `validation`, at that rate; NaN if it was not tried.
         result: All of the trainings.
     """
 
@@ -43,6 +44,7 @@ class Row:
     best: tuple[float, ...]
     mse: tuple[float, ...]
     at_paper_rate: tuple[float, ...]
+    validation_at_paper_rate: float
     result: Mapping[str, Any]
 
     @property
@@ -86,6 +88,7 @@ def rows_of(results: Sequence[Mapping[str, Any]], paper_rate: float) -> list[Row
                 best=tuple(max(filter(math.isfinite, scores), default=math.nan) for scores in by_seed),
                 mse=tuple(result["mse"][-1][chosen]) if result["mse"] else (),
                 at_paper_rate=tuple(finals[rates.index(paper_rate)]) if paper_rate in rates else (),
+                validation_at_paper_rate=last[rates.index(paper_rate)] if paper_rate in rates else math.nan,
                 result=result,
             )
         )
@@ -161,8 +164,7 @@ def verdict(
         rows: Of one task.
         paper: What the paper prints, by activation.
         overlap: As for `difference`.
-        at_paper_rate: Whether to compare at the paper's learning rate, where every competitor is tried, and the one
-            that is best there is the rival.
+        at_paper_rate: Whether to compare, and to choose by validation, at the paper's learning rate.
     """
     if at_paper_rate:
         rows = [row for row in rows if row.at_paper_rate]
@@ -175,7 +177,7 @@ def verdict(
         return row.at_paper_rate if at_paper_rate else row.final
 
     if at_paper_rate:
-        best, rival = (max(group, key=lambda row: _or_least(mean(score(row)))) for group in (main, others))
+        best, rival = (max(group, key=lambda row: _or_least(row.validation_at_paper_rate)) for group in (main, others))
     else:
         best, rival = best_on_validation(main), best_on_validation(others)
     gap, printed = difference(score(best), score(rival), overlap), paper.get("DiTAC")
