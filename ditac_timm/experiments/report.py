@@ -290,15 +290,15 @@ def _choices(parts: Sequence[Part]) -> str:
             if known:
                 body.append([name, *(str(gap) if gap else "" for gap in gaps)])
                 better, worse = sum(gap.low > 0 for gap in known), sum(gap.high < 0 for gap in known)
-                said.append(f"{name} is better on {better}, worse on {worse} of {len(known)}")
+                found = [f"{word} on {count}" for word, count in (("better", better), ("worse", worse)) if count]
+                said.append(f"{name}: {' and '.join(found) or 'no difference seen on any'} of {len(known)} tasks")
         answers += [f"- **{question}** {'; '.join(said)}."] if said else []
     if not answers:
         return ""
     return "\n".join(
         [
             "Against the default (version `ditac`, identity init, ten cells, domain (-3, 3), no regularisation), by "
-            "intervals of the final test scores' paired differences, each at the rate that validation chose; on the "
-            "tasks where it was tried, and where no interval is to either side no difference was seen:",
+            "intervals of the final test scores' paired differences, each at the rate that validation chose:",
             "",
             *answers,
             "",

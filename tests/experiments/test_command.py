@@ -154,7 +154,7 @@ def test_questions_are_answered_by_intervals() -> None:
     ]
     text = report._choices(parts)
     assert (
-        "- **How many cells?** DiTAC-5-cells is better on 1, worse on 1 of 2; DiTAC-20-cells is better on 0, wor"
+        "- **How many cells?** DiTAC-5-cells: better on 1 and worse on 1 of 2 tasks; DiTAC-20-cells: no difference"
         in text
     )
     assert "Which init?" not in text
