@@ -639,6 +639,9 @@ def test_vmap(mode):
         assert torch.equal(torch.vmap(lambda theta: call({"theta": theta}, (x,)))(thetas), expected)
         assert torch.equal(torch.vmap(module)(x), module(x))
         assert torch.equal(torch.vmap(module, in_dims=1, out_dims=1)(x), module(x))
+        with torch.no_grad():  # where compiled code calls another operator
+            compiled = torch.compile(torch.vmap(module), backend="aot_eager")
+            assert torch.equal(compiled(x), module(x))
     finally:
         torch._C._functorch._set_vmap_fallback_enabled(True)
 

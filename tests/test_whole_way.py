@@ -53,14 +53,11 @@ def test_train_publish_load_validate_export(server: HubServer, tmp_path: Path) -
     results, data = tmp_path / "demo" / "validation.json", tmp_path / "demo" / "digits"
     measured = json.loads(results.read_text())
     assert 20 < measured["top1"] < 100
-    python(
-        ROOT / "publish.py", "--checkpoint", "demo/mobilenetv3_ditac", "--results", results, "--repo-id", REPO
-    )  # fmt: skip
+    run = "demo/mobilenetv3_ditac"
+    python(ROOT / "publish.py", "--checkpoint", run, "--results", results, "--repo-id", REPO)
     assert f"{measured['top1']}".encode() in server.files(REPO)["README.md"]
 
-    python(
-        ROOT / "validate.py", "--model", f"hf-hub:{REPO}", "--data-dir", data, "--results-file", "again.json"
-    )  # fmt: skip
+    python(ROOT / "validate.py", "--model", f"hf-hub:{REPO}", "--data-dir", data, "--results-file", "again.json")
     again = json.loads((tmp_path / "again.json").read_text())
     for key in ("top1", "top5", "loss", "images", "weights_sha256"):
         assert again[key] == measured[key]

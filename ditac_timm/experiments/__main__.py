@@ -83,6 +83,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--report is for all, which writes a page; {args.name} does not")
     if args.report and args.report.suffix != ".md":
         parser.error(f"--report must end in .md, but is {args.report}")
+    if args.workers is None:
+        args.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if args.out is None:
         args.out = Path("output/experiments-quick" if args.quick else "output/experiments")
     return args
@@ -125,7 +127,6 @@ def experiments(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def _train(jobs: Sequence[study.Job], args: argparse.Namespace) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     layout = "{percentage:3.0f}% {bar} {elapsed}<{remaining} {desc}"
     with tqdm(total=100, bar_format=layout, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
 
@@ -133,7 +134,7 @@ def _train(jobs: Sequence[study.Job], args: argparse.Namespace) -> None:
             bar.set_description_str(at_work, refresh=False)
             bar.update(100 * done / whole - bar.n)
 
-        study.run(jobs, args.out, args.data_dir, args.workers or cores or 1, progress)
+        study.run(jobs, args.out, args.data_dir, args.workers, progress)
         bar.update(100 - bar.n)
 
 
@@ -147,11 +148,8 @@ def _images(args: argparse.Namespace) -> str:
             bar.set_description_str(description, refresh=False)
             bar.update(done - bar.n)
 
-        text = images.markdown(
-            images.run_images(
-                settings, args.out / "images", args.data_dir, args.workers or os.cpu_count() or 1, progress
-            )
-        )
+        done = images.run_images(settings, args.out / "images", args.data_dir, args.workers, progress)
+        text = images.markdown(done)
     print(text)
     return text
 

@@ -89,21 +89,19 @@ class EnsembleOfDiTAC(nn.Module):
         for seed in seeds:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                starts.append(DiTAC(**settings).theta.detach())
+                act = DiTAC(**settings)
+            starts.append(act.theta.detach())
         self.theta = nn.Parameter(torch.stack(starts).expand(networks[0], -1, -1).clone())
         self.regularisation = regularisation
-        self.__dict__["one"] = DiTAC(**settings, device="meta")  # not a child: its theta is no parameter of this
+        self.tessellation, self.version, self.bins = act.tessellation, act.version, act.bins
 
     def forward(self, x: Tensor) -> Tensor:
-        one = self.one
-        y = ops.activate_rows(x.flatten(0, 1), self.theta.flatten(0, 1), one.tessellation, one.version, one.bins)
-        return y.view_as(x)
+        rows, thetas = x.flatten(0, 1), self.theta.flatten(0, 1)
+        return ops.activate_rows(rows, thetas, self.tessellation, self.version, self.bins).view_as(x)
 
     def penalty(self) -> Tensor:
         """`(rates, seeds)`: what is added to each network's loss."""
-        return self.regularisation * cpab.smoothness_penalty(self.theta, self.one.tessellation)
-
-    one: DiTAC
+        return self.regularisation * cpab.smoothness_penalty(self.theta, self.tessellation)
 
 
 class _Fixed(nn.Module):

@@ -92,8 +92,8 @@ def train(
 
     Returns:
         Plain data: `evaluated_at` (updates), `validation` and `test` `(evaluations, rates, seeds)` (R2 or accuracy, in
-        percent), `mse` (of the test, likewise; regression only), and of the first seed at every rate `outputs` on the
-        test and, for DiTAC, `thetas`.
+        percent), `parameters` of one network, `bayes` of each seed; of regressions also `mse` (of the test, likewise)
+        and `outputs` (on the test, of the first seed at every rate).
     """
     splits = [task.split(seed, task.batch, data_dir) for seed in seeds]
     model = Ensemble(task.sizes, activation, len(task.rates), seeds)
@@ -144,9 +144,6 @@ def train(
     if not task.classes:
         outputs = _outputs(model, splits, "test")
         result["outputs"] = [[round(value, 5) for value in row] for row in outputs[:, 0, :, 0].tolist()]
-    thetas = [act.theta for act in model.activations if isinstance(act, competitors.EnsembleOfDiTAC)]
-    if thetas:
-        result["thetas"] = [theta.detach()[:, 0].tolist() for theta in thetas]
     return result
 
 

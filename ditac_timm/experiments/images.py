@@ -6,14 +6,12 @@ variant too. Base and variant then train from the same seeds, for equally many e
 
 import csv
 import json
-import math
 import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,19 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torchvision
-from PIL import Image
-
 import ditac_timm
 
 from ..training.checkpoint import write_atomically
 from ..training.errors import RunError, UsageError
 from . import sources
 from .report import table
-from .results import difference, t_quantile
+from .results import Difference, difference, plus_minus, t_quantile
 
-__all__ = ["Run", "Settings", "compare", "markdown", "run_images", "verdict", "write_images"]
+__all__ = ["Run", "Settings", "markdown", "run_images", "verdict"]
 
 ROOT = Path(ditac_timm.__file__).parents[1]
 TUNING_SEED = 1_000  # beyond those that are scored
@@ -70,7 +64,6 @@ class Settings:
         ("ditac", "identity"),
         ("ditac", "prior"),
     )
-
     versions_seeds: int = 3
 
     @classmethod
@@ -114,55 +107,6 @@ class Run:
             "--ditac-init": self.init,
         }
         return [str(part) for flag, value in flags.items() if value != "" for part in (flag, value)]
-
-
-def write_images(data_dir: Path, folder: Path, train: int, test: int, seed: int, tuning: int = 2_000) -> Path:
-    """Write a part of Fashion-MNIST as an image folder, equally many of each class; one that is there is kept.
-
-    Args:
-        data_dir: Holds FashionMNIST/raw with the four ubyte files, which are downloaded where missing.
-        folder: Gets `train/`, `tuning/` (both of the 60,000 training images) and `validation/` (of the test images).
-        train: Images of `train/`, a multiple of 10; so are `test`, of `validation/`, and `tuning`.
-        test: See `train`.
-        seed: Chooses the images; those of `tuning/` do not depend on `train`.
-        tuning: See `train`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UsageError: The images can be neither read nor downloaded, are too few, or the folder holds something else.
-    """
-    made = {"dataset": "Fashion-MNIST", "train": train, "tuning": tuning, "test": test, "seed": seed}
-    if folder.exists():
-        marker = folder / "images.json"
-        if not marker.is_file() or json.loads(marker.read_text()) != made:
-            raise UsageError(f"{folder} holds something other than the images asked for: name another folder")
-        return folder
-    odd = [count for count in (train, tuning, test) if count < 10 or count % 10]
-    if odd:
-        raise UsageError(f"images are chosen evenly of 10 classes: their number must be a multiple of 10, not {odd[0]}")
-    arrays = [part.numpy() for part in sources.ubyte_images("FashionMNIST", data_dir)]
-    found = {"train": arrays[:2], "test": arrays[2:]}
-    rng = np.random.default_rng(seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / "images"
-        for source, splits in (("train", {"tuning": tuning, "train": train}), ("test", {"validation": test})):
-            images, labels = found[source]
-            for label, class_name in enumerate(torchvision.datasets.FashionMNIST.classes):
-                left = rng.permutation(np.flatnonzero(labels == label))
-                if len(left) < sum(splits.values()) // 10:
-                    raise UsageError(f"Fashion-MNIST has {len(left)} {source} images of a class: ask for fewer")
-                for split, count in splits.items():
-                    chosen, left = left[: count // 10], left[count // 10 :]
-                    target = whole / split / re.sub(r"\W", "-", f"{label} {class_name}".lower())
-                    target.mkdir(parents=True)
-                    for index in chosen:
-                        Image.fromarray(images[index]).save(target / f"{index:05d}.png")
-        (whole / "images.json").write_text(json.dumps(made))
-        whole.rename(folder)
-    return folder
 
 
 @dataclass
@@ -285,14 +229,13 @@ def run_images(
     t_quantile(1)  # what it needs may be missing: better now than after hours of training
     train, tuning, test = settings.train_images, settings.tuning_images, settings.test_images
     folder = out / f"{train}-{tuning}-{test}-batch{settings.batch_size}"  # all that a run's own name does not tell
-    images = write_images(data_dir, folder / "images", train, test, DATA_SEED, tuning)
+    images = sources.write_images(data_dir, folder / "images", train, test, DATA_SEED, tuning)
     output = folder / "runs"
     output.mkdir(exist_ok=True)
     networks, seeds, epochs = settings.networks, range(settings.seeds), settings.epochs
     versions = settings.versions if settings.versions_of in networks else ()
-    total = len(networks) * (len(settings.lrs) + 3 * settings.seeds) + len(versions) * len(
-        seeds[: settings.versions_seeds]
-    )
+    total = len(networks) * (len(settings.lrs) + 3 * len(seeds))
+    total += len(versions) * len(seeds[: settings.versions_seeds])
     trainer = _Trainer(settings, images, output, workers, progress, total)
 
     tried = trainer.train([Run(base, lr, epochs, TUNING_SEED, "tuning") for base in networks for lr in settings.lrs])
@@ -326,8 +269,8 @@ def run_images(
         top1 = {
             who: {metric: [done[run][metric] for run in runs] for metric in METRICS} for who, runs in scores.items()
         }
-        differences = {metric: compare(top1["base"][metric], top1["variant"][metric]) for metric in METRICS}
-        return {**top1, "statistics": differences}
+        gaps = {metric: difference(top1["variant"][metric], top1["base"][metric]) for metric in METRICS}
+        return {**top1, "difference": {metric: gap.to_dict() for metric, gap in gaps.items()}}
 
     result: dict[str, Any] = {"settings": asdict(settings), "networks": {}, "versions": None}
     for base in networks:
@@ -389,32 +332,9 @@ def epochs_bought(epochs: int, base: float, variant: float) -> int:
     return min(epochs, max(1, round(epochs * base / variant)))
 
 
-def compare(base: Sequence[float], variant: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation of both and of variant - base, paired, with the 95 % t-interval of its mean.
-
-    Returns:
-        `base`, `variant` and `difference`, each with `mean` and `sd`; the last also with `low` and `high`. Of a single
-        pair, `sd`, `low` and `high` are None.
-
-    Raises:
-        UsageError: scipy is missing.
-    """
-    differences = [new - old for old, new in zip(base, variant, strict=True)]
-    spreads: dict[str, Any] = {}
-    for name, values in (("base", base), ("variant", variant), ("difference", differences)):
-        spreads[name] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
-    gap = difference(variant, base)
-    one = math.isnan(gap.low)
-    spreads["difference"] |= {"low": None if one else gap.low, "high": None if one else gap.high}
-    return spreads
-
-
-def verdict(gap: dict[str, float | None]) -> str:
-    """In words, whether an interval with ends `low` and `high` is above 0, below, or neither."""
-    low, high = gap["low"], gap["high"]
-    if low is not None and low > 0:
-        return "better"
-    return "worse" if high is not None and high < 0 else "no difference seen"
+def verdict(gap: Difference) -> str:
+    """In words, whether an interval is above 0, below, or neither."""
+    return "better" if gap.low > 0 else "worse" if gap.high < 0 else "no difference seen"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -460,15 +380,6 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    final, best = row["statistics"]["final"], row["statistics"]["best"]
-    means = [_spread(final["base"]), _spread(final["variant"])]
-    return [*means, _interval(final["difference"]), verdict(final["difference"]), _interval(best["difference"])]
-
-
-def _spread(values: dict[str, float | None]) -> str:
-    return f"{values['mean']:.2f}" + (f" ± {values['sd']:.2f}" if values["sd"] is not None else "")
-
-
-def _interval(values: dict[str, float | None]) -> str:
-    mean = f"{values['mean']:+.2f}"
-    return mean if values["low"] is None else f"{mean} [{values['low']:+.2f}, {values['high']:+.2f}]"
+    final, best = (difference(row["variant"][metric], row["base"][metric]) for metric in METRICS)
+    means = [plus_minus(row[who]["final"]) for who in ("base", "variant")]
+    return [*means, str(final), verdict(final), str(best)]

@@ -83,7 +83,7 @@ def markdown(part: Part) -> str:
     head = ["activation", "parameters", "learning rate", f"{metric}, final"]
     head += ["paper"] * printed
     head += [f"minus {reference.activation}"] if reference else []
-    head += [f"{metric}, best over training", f"{metric} at {task.paper_rate:g}"] + [] * task.classes
+    head += [f"{metric}, best over training", f"{metric} at {task.paper_rate:g}"]
     head += [] if task.classes else ["MSE, final"]
     body = []
     for row in rows:

@@ -106,6 +106,9 @@ class Difference(NamedTuple):
     low: float
     high: float
 
+    def to_dict(self) -> dict[str, float | None]:
+        return {name: _finite(value) for name, value in self._asdict().items()}
+
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
             return "diverged"
@@ -192,11 +195,11 @@ def verdict(
     return Verdict("not reproduced", f"no difference seen: {why}")
 
 
-def plus_minus(values: Sequence[float], digits: int = 2) -> str:
+def plus_minus(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
     if not all(map(math.isfinite, values)):
         return "diverged"
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def _spread(values: Sequence[float]) -> float:

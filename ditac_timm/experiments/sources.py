@@ -1,17 +1,21 @@
 """Where data come from: downloaded by the usual library, or a folder the user names."""
 
 import json
+import re
+import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor
 
 from ..training.errors import UsageError, first_line
 
-__all__ = ["Mixture", "auto_mpg", "draw_mixture", "ubyte_images"]
+__all__ = ["Mixture", "auto_mpg", "draw_mixture", "ubyte_images", "write_images"]
 
 
 def ubyte_images(name: str, folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,6 +34,55 @@ def ubyte_images(name: str, folder: Path) -> tuple[Tensor, Tensor, Tensor, Tenso
             "put the four there"
         ) from error
     return train.data, train.targets, test.data, test.targets
+
+
+def write_images(data_dir: Path, folder: Path, train: int, test: int, seed: int, tuning: int = 2_000) -> Path:
+    """Write a part of Fashion-MNIST as an image folder, equally many of each class; one that is there is kept.
+
+    Args:
+        data_dir: Holds FashionMNIST/raw with the four ubyte files, which are downloaded where missing.
+        folder: Gets `train/`, `tuning/` (both of the 60,000 training images) and `validation/` (of the test images).
+        train: Images of `train/`, a multiple of 10; so are `test`, of `validation/`, and `tuning`.
+        test: See `train`.
+        seed: Chooses the images; those of `tuning/` do not depend on `train`.
+        tuning: See `train`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: The images can be neither read nor downloaded, are too few, or the folder holds something else.
+    """
+    made = {"dataset": "Fashion-MNIST", "train": train, "tuning": tuning, "test": test, "seed": seed}
+    if folder.exists():
+        marker = folder / "images.json"
+        if not marker.is_file() or json.loads(marker.read_text()) != made:
+            raise UsageError(f"{folder} holds something other than the images asked for: name another folder")
+        return folder
+    odd = [count for count in (train, tuning, test) if count < 10 or count % 10]
+    if odd:
+        raise UsageError(f"images are chosen evenly of 10 classes: their number must be a multiple of 10, not {odd[0]}")
+    arrays = [part.numpy() for part in ubyte_images("FashionMNIST", data_dir)]
+    found = {"train": arrays[:2], "test": arrays[2:]}
+    rng = np.random.default_rng(seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / "images"
+        for source, splits in (("train", {"tuning": tuning, "train": train}), ("test", {"validation": test})):
+            images, labels = found[source]
+            for label, class_name in enumerate(torchvision.datasets.FashionMNIST.classes):
+                left = rng.permutation(np.flatnonzero(labels == label))
+                if len(left) < sum(splits.values()) // 10:
+                    raise UsageError(f"Fashion-MNIST has {len(left)} {source} images of a class: ask for fewer")
+                for split, count in splits.items():
+                    chosen, left = left[: count // 10], left[count // 10 :]
+                    target = whole / split / re.sub(r"\W", "-", f"{label} {class_name}".lower())
+                    target.mkdir(parents=True)
+                    for index in chosen:
+                        Image.fromarray(images[index]).save(target / f"{index:05d}.png")
+        (whole / "images.json").write_text(json.dumps(made))
+        whole.rename(folder)
+    return folder
 
 
 def auto_mpg(folder: Path) -> tuple[Tensor, Tensor]:

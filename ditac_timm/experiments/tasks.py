@@ -213,7 +213,7 @@ _TASKS = (
         rates=(1e-2, 1e-3),
         more_rates=(),
         quick_steps=500,
-        overlap=78 / 252,
+        overlap=78 / 252,  # cars
     ),
     Task(
         "mnist",

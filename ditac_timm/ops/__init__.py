@@ -292,7 +292,7 @@ class _Activate(torch.autograd.Function):
 def activate_rows(x: Tensor, theta: Tensor, tessellation: cpab.Tessellation, version: str, bins: int) -> Tensor:
     """`activate` of each row of x with a theta of its own: many networks that are trained as one.
 
-    In eager calls; `torch.vmap` over `activate` gives the same anywhere, at twice the time or more.
+    In eager calls; `torch.vmap` over `activate` gives the same, and anywhere, more slowly.
 
     Args:
         x: `(R, ...)`, as for `lookup`.

@@ -13,7 +13,7 @@ def register(name: str) -> None:
     operator = getattr(torch.ops.ditac, name).default
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        if name == "lookup" and in_dims[1] is None:
+        if name in ("lookup", "evaluate") and in_dims[1] is None and in_dims[2] is None:
             return operator(*arguments), in_dims[0]
         if not info.batch_size:
             raise ValueError(f"torch.vmap over ditac::{name} needs a row at least.")

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from PIL import Image
 
 from ditac_timm.experiments import __main__ as command
 from ditac_timm.experiments import figures, report, study
-from ditac_timm.experiments.ensemble import train
 from ditac_timm.experiments.results import Verdict
 from ditac_timm.experiments.tasks import TASKS
 
@@ -29,6 +29,15 @@ def short(task, steps: int = 20):
     return replace(task, steps=steps, evaluations=4, rates=(1e-2, 1e-3))
 
 
+def row(name: str, *final: float) -> dict:
+    """A result whose validation and test give the same."""
+    evaluation = [[list(final)]]
+    return {
+        "activation": name, "parameters": 1, "rates": [1e-2], "seeds": [0] * len(final), "evaluated_at": [1],
+        "validation": evaluation, "test": evaluation, "mse": [], "bayes": [None],
+    }  # fmt: skip
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Jobs are done in this process, and shortened; the names of those done."""
@@ -37,14 +46,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run(jobs, out, data_dir, workers, progress) -> None:
         (out / "runs").mkdir(parents=True, exist_ok=True)
         for job in jobs:
-            file = job.file(out)
-            if not file.is_file():
-                result = train(job.task, job.activation, list(job.seeds), data_dir, file.with_suffix(".pt"))
-                result |= {"activation": job.activation, "rates": job.task.rates, "seeds": job.seeds}
-                file.write_text(json.dumps(result))
-                done.append(file.name)
+            if not job.file(out).is_file():
+                study._work(job, out, data_dir)
+                done.append(job.file(out).name)
             progress(1, 1, "")
 
+    monkeypatch.setattr(study, "_report", queue.SimpleQueue())
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(command, "_change", lambda args: short)
     return done
@@ -108,13 +115,6 @@ def test_everything_makes_a_page_with_pictures(
 
 
 def test_the_question_of_versions_is_answered_by_intervals() -> None:
-    def row(name: str, *final: float):
-        evaluation = [[list(final)]]
-        return {
-            "activation": name, "parameters": 1, "rates": [1e-2], "seeds": [0] * len(final), "evaluated_at": [1],
-            "validation": evaluation, "test": evaluation, "mse": [], "bayes": [None],
-        }  # fmt: skip
-
     def said(*found: dict) -> Verdict:
         rows = report.rows_of(found, 1e-2)
         return report._versions(report.Part(study.EXPERIMENTS["table9"], TASKS["plane"], rows))
@@ -135,13 +135,6 @@ def test_the_question_of_versions_is_answered_by_intervals() -> None:
 
 
 def test_questions_are_answered_by_intervals() -> None:
-    def row(name: str, *final: float):
-        evaluation = [[list(final)]]
-        return {
-            "activation": name, "parameters": 1, "rates": [1e-2], "seeds": [0] * len(final), "evaluated_at": [1],
-            "validation": evaluation, "test": evaluation, "mse": [], "bayes": [None],
-        }  # fmt: skip
-
     parts = [
         report.Part(
             study.EXPERIMENTS["ablation"],
@@ -257,15 +250,13 @@ def test_shortened_runs_claim_nothing(here: list[str], tmp_path: Path, capsys: p
     assert json.loads((tmp_path / "table8.json").read_text())["verdicts"] == {"sines": {}}
 
 
-def test_pictures_show_every_activation(tmp_path: Path) -> None:
+def test_pictures_show_every_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A legend names each, and no two look alike."""
-    jobs = [study.Job(short(TASKS["sines"], 4), name, (0,)) for name in study.EVERYTHING]
+    monkeypatch.setattr(study, "_report", queue.SimpleQueue())
+    jobs = study.jobs_of(study.EXPERIMENTS["table8"], None, 1, lambda task: short(task, 4))
     (tmp_path / "runs").mkdir()
     for job in jobs:
-        result = train(job.task, job.activation, [0], tmp_path, tmp_path / "state.pt")
-        (tmp_path / "state.pt").unlink()
-        result |= {"activation": job.activation, "rates": job.task.rates, "seeds": job.seeds}
-        job.file(tmp_path).write_text(json.dumps(result))
+        study._work(job, tmp_path, tmp_path)
     part = report.part_of(study.EXPERIMENTS["table8"], jobs, tmp_path)
     figure = figures._trend(part)
     assert [text.get_text() for text in figure.legends[0].texts] == list(study.EVERYTHING)

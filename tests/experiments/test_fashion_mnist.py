@@ -11,6 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ditac_timm.experiments import images as experiment
+from ditac_timm.experiments import sources
+from ditac_timm.experiments.results import difference
 from ditac_timm.training.errors import RunError, UsageError
 
 SMALL = experiment.Settings(
@@ -107,29 +109,29 @@ def test_versions_are_compared_with_the_base_of_their_network(data_dir, tmp_path
     assert network["lr"] == 0.001
     assert network["equal_time"]["epochs"] == 5  # 8 epochs of 2 seconds buy 5 of 3
     assert not network["equal_time"]["same_runs_as_equal_epochs"]
-    rows = {row["version"]: row["statistics"]["final"]["difference"] for row in result["versions"]["rows"]}
+    rows = {row["version"]: row["difference"]["final"] for row in result["versions"]["rows"]}
     assert list(rows) == ["ditac", "ge", "leaky"]
-    assert rows["leaky"] == {"mean": 1.0, "sd": 0.0, "low": 1.0, "high": 1.0}
+    assert rows["leaky"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert "| leaky, match | 81.00 ± 1.00 | 82.00 ± 1.00 | +1.00 [+1.00, +1.00] | better |" in experiment.markdown(
         result
     )
 
 
 def test_images_are_even_disjoint_and_kept(data_dir, tmp_path):
-    folder = experiment.write_images(data_dir, tmp_path / "images", 40, 30, seed=0, tuning=20)
+    folder = sources.write_images(data_dir, tmp_path / "images", 40, 30, seed=0, tuning=20)
     for split, count in (("train", 4), ("tuning", 2), ("validation", 3)):
         assert [len(list(path.iterdir())) for path in sorted((folder / split).iterdir())] == [count] * 10
     names = {split: {path.name for path in (folder / split).rglob("*.png")} for split in ("train", "tuning")}
     assert not names["train"] & names["tuning"]
     written = (folder / "images.json").stat().st_mtime_ns
-    experiment.write_images(data_dir, folder, 40, 30, seed=0, tuning=20)
+    sources.write_images(data_dir, folder, 40, 30, seed=0, tuning=20)
     assert (folder / "images.json").stat().st_mtime_ns == written
     with pytest.raises(UsageError, match="something other"):
-        experiment.write_images(data_dir, folder, 50, 30, seed=0, tuning=20)
+        sources.write_images(data_dir, folder, 50, 30, seed=0, tuning=20)
     with pytest.raises(UsageError, match="multiple of 10, not 45"):
-        experiment.write_images(data_dir, tmp_path / "odd", 45, 30, seed=0, tuning=20)
+        sources.write_images(data_dir, tmp_path / "odd", 45, 30, seed=0, tuning=20)
     with pytest.raises(UsageError, match="has 12 train images"):
-        experiment.write_images(data_dir, tmp_path / "many", 110, 30, seed=0, tuning=20)
+        sources.write_images(data_dir, tmp_path / "many", 110, 30, seed=0, tuning=20)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
@@ -139,7 +141,7 @@ def test_missing_images_name_the_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", unreachable)
     with pytest.raises(UsageError, match=r"--data-dir .*FashionMNIST/raw.*train-images-idx3-ubyte.*t10k-labels"):
-        experiment.write_images(tmp_path, tmp_path / "images", 40, 30, seed=0)
+        sources.write_images(tmp_path, tmp_path / "images", 40, 30, seed=0)
 
 
 def test_without_a_clone_it_says_so(data_dir, tmp_path, monkeypatch):
@@ -151,21 +153,21 @@ def test_without_a_clone_it_says_so(data_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("variant", "expected", "said"),
     [
-        ([81.0, 82.1, 83.2], {"mean": 1.1, "sd": 0.1, "low": 0.852, "high": 1.348}, "better"),
-        ([79.0, 79.9, 80.8], {"mean": -1.1, "sd": 0.1, "low": -1.348, "high": -0.852}, "worse"),
-        ([81.0, 80.0, 82.0], {"mean": 0.0, "sd": 1.0, "low": -2.484, "high": 2.484}, "no difference seen"),
+        ([81.0, 82.1, 83.2], {"mean": 1.1, "low": 0.852, "high": 1.348}, "better"),
+        ([79.0, 79.9, 80.8], {"mean": -1.1, "low": -1.348, "high": -0.852}, "worse"),
+        ([81.0, 80.0, 82.0], {"mean": 0.0, "low": -2.484, "high": 2.484}, "no difference seen"),
     ],
 )
 def test_verdicts_are_of_the_paired_interval(variant, expected, said):
-    difference = experiment.compare([80.0, 81.0, 82.0], variant)["difference"]
-    assert difference == pytest.approx(expected, abs=1e-3)
-    assert experiment.verdict(difference) == said
+    gap = difference(variant, [80.0, 81.0, 82.0])
+    assert gap.to_dict() == pytest.approx(expected, abs=1e-3)
+    assert experiment.verdict(gap) == said
 
 
 def test_one_seed_has_no_interval():
-    difference = experiment.compare([80.0], [81.0])["difference"]
-    assert difference == {"mean": 1.0, "sd": None, "low": None, "high": None}
-    assert experiment.verdict(difference) == "no difference seen"
+    gap = difference([81.0], [80.0])
+    assert gap.to_dict() == {"mean": 1.0, "low": None, "high": None}
+    assert experiment.verdict(gap) == "no difference seen"
 
 
 @pytest.mark.parametrize(("base", "variant", "epochs"), [(2.0, 3.0, 5), (3.0, 2.0, 8), (2.0, 2.0, 8), (1.0, 20.0, 1)])
